@@ -1,0 +1,179 @@
+"""The coefficient file: one safetensors file, written by the fit and read by the merge.
+
+A float32 tensor [N, *B] for each output tensor, under the output tensor's name, and one
+metadata entry `mergekit_dam` that holds the `Header` as JSON. See docs/file-format.md.
+"""
+
+import functools
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.formula import Formula, Granularity
+
+FORMAT_VERSION = 1
+METADATA_KEY = "mergekit_dam"
+
+
+class Frozen(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """A record of the file's header."""
+
+
+class Source(Frozen):
+    """One source model, as it was when the coefficients were fitted."""
+
+    reference: str  # as in the YAML: a path or a Hub name, `model+adapter` for a LoRA
+    revision: str | None = None
+    weights: str  # fingerprint.fingerprint
+    config: str | None = None
+
+
+class Header(Frozen):
+    """The file's metadata."""
+
+    version: int = FORMAT_VERSION
+    package: str  # the version of mergekit-dam that wrote the file
+    formula: Formula
+    granularity: Granularity
+    sources: tuple[Source, ...]  # in the order of the coefficients' first axis
+    base: Source | None = None
+    tokenizer: Any = None  # the YAML's `tokenizer` or `tokenizer_source`
+    settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
+    results: dict[str, Any] = {}  # held-out figures before and after
+
+
+def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: Header) -> None:
+    """Write atomically; an earlier, different file is kept as `<stem>.previous.safetensors`.
+
+    One metadata entry alone, because safetensors writes several in an arbitrary order and the
+    same fit shall give the same bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {
+        name: tensor.detach().to("cpu", torch.float32).contiguous()
+        for name, tensor in coefficients.items()
+    }
+    data = safetensors.torch.save(tensors, metadata={METADATA_KEY: header.model_dump_json()})
+    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists() and path.read_bytes() != data:
+            os.replace(path, path.with_suffix(".previous" + path.suffix))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class CoefficientFile:
+    """Lazy reader; safe to use from several threads. Every refusal is a DamError."""
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = str(path)
+        self._lock = threading.Lock()
+        if not os.path.isfile(path):
+            raise DamError(
+                f"The coefficient file {path} does not exist: "
+                "`mergekit-dam fit CONFIG` writes it (see `parameters.coefficients`)."
+            )
+        try:
+            self._file = safetensors.safe_open(self.path, framework="pt")
+        except (safetensors.SafetensorError, OSError) as error:
+            raise DamError(
+                f"{path} is not a safetensors file ({error}): fit it again or download it again."
+            ) from None
+        self.header = self._read_header(self._file.metadata() or {})
+        self.names = frozenset(self._file.keys())
+
+    def _read_header(self, metadata: Mapping[str, str]) -> Header:
+        if METADATA_KEY not in metadata:
+            raise DamError(
+                f"{self.path} is a safetensors file but holds no merge coefficients: set "
+                "`parameters.coefficients` to a file that `mergekit-dam fit` has written."
+            )
+        try:
+            fields = pydantic.TypeAdapter(dict).validate_json(metadata[METADATA_KEY])
+            version = fields.get("version")
+            if version != FORMAT_VERSION:
+                raise DamError(
+                    f"{self.path} has format version {version}; this mergekit-dam reads version "
+                    f"{FORMAT_VERSION}: update mergekit-dam, or fit the file again."
+                )
+            return Header.model_validate(fields)
+        except pydantic.ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the header"
+            raise DamError(
+                f"{self.path} has damaged metadata ({where}: {first['msg']}): fit it again."
+            ) from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """[N, *B], from the file's header alone."""
+        self._require(name)
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def get(self, name: str) -> Tensor:
+        """The coefficients [N, *B] of one output tensor, float32 on the CPU."""
+        self._require(name)
+        with self._lock:
+            tensor = self._file.get_tensor(name)
+        if tensor.dtype != torch.float32:
+            raise DamError(f"{self.path}: {name} is {tensor.dtype}, not float32: fit it again.")
+        if tensor.ndim == 0 or len(tensor) != len(self.header.sources):
+            raise DamError(
+                f"{self.path}: {name} has shape {list(tensor.shape)}, which does not begin with "
+                f"the number of sources, {len(self.header.sources)}: fit it again."
+            )
+        if not torch.isfinite(tensor).all():
+            raise DamError(
+                f"{self.path}: {name} holds NaN or infinity: fit it again with a lower "
+                "`dam.learning_rate`."
+            )
+        return tensor
+
+    def check_shape(self, name: str, shape: tuple[int, ...]) -> None:
+        """Refuse coefficients that cannot scale an output tensor of `shape`."""
+        factors = self.shape(name)[1:]
+        fits = len(factors) == len(shape) and all(
+            factor in (1, size) for factor, size in zip(factors, shape, strict=True)
+        )
+        if not fits:
+            raise DamError(
+                f"{self.path}: the coefficients of {name} have shape {list(factors)} for each "
+                f"source, but the tensor has shape {list(shape)}: fit them for these models."
+            )
+
+    def _require(self, name: str) -> None:
+        if name not in self.names:
+            raise DamError(
+                f"{self.path} has no coefficients for the tensor {name}: it was fitted for other "
+                "models or another layout; fit it again with this config."
+            )
+
+
+def open_file(path: str | os.PathLike) -> CoefficientFile:
+    """The reader of a file, shared by all threads until the file changes."""
+    if not os.path.isfile(path):
+        return CoefficientFile(path)  # which says so
+    stat = os.stat(path)
+    return _open(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+@functools.lru_cache(maxsize=8)
+def _open(path: str, _modified: int, _size: int) -> CoefficientFile:
+    return CoefficientFile(path)

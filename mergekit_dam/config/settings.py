@@ -1,0 +1,161 @@
+"""The `dam:` block of the YAML: everything that the fit reads, with its defaults.
+
+docs/config.md is written from the descriptions here.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+from mergekit_dam.formula import Formula, Granularity
+
+Share = Annotated[float, Field(gt=0, lt=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+# arXiv 2410.08371, section 4, and the published training script where the paper is silent.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "epochs": 1,
+        "examples": 1729,
+        "max_length": 2048,
+        "learning_rate": 1e-3,
+        "schedule": "constant",
+        "warmup": 0.0,
+        "objective": {"temperature": 2.0, "similarity": 0.01, "l1": 1e-6, "l2": 1e-5},
+    },
+}
+
+
+class _Block(pydantic.BaseModel, frozen=True, extra="forbid"):
+    """A frozen part of the YAML that knows all its keys."""
+
+
+class DataSettings(_Block):
+    """One source's own data."""
+
+    source: str = Field(description="the model, written as under `models`")
+    path: str = Field(
+        description="a json, jsonl, parquet, csv or txt file, a folder, or a data set's Hub name"
+    )
+    name: str | None = Field(None, description="the data set's configuration on the Hub")
+    split: str = Field("train", description="the split to train on; slices such as `train[:10%]`")
+    held_out: Share | str | None = Field(
+        None, description="share or named split that is held out; default: `dam.held_out`"
+    )
+    text: str = Field(
+        "text",
+        description="column with plain text, unless the rows have `messages` or "
+        "`prompt` and `completion`",
+    )
+    examples: int | None = Field(None, ge=2, description="rows used; default: `dam.examples`")
+    max_length: int | None = Field(
+        None, ge=2, description="tokens kept of a row; default: `dam.max_length`"
+    )
+
+
+class Objective(_Block):
+    """Weights of the terms that the fit minimises (arXiv 2410.08371, section 3.2).
+
+    The first group compares the merge with a source on that source's data; the second looks at
+    the coefficients alone.
+    """
+
+    temperature: float = Field(2.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
+    kl: Weight = Field(1.0, description="T² · KL(source ‖ merge), mean over the tokens")
+    reverse_kl: Weight = Field(0.0, description="T² · KL(merge ‖ source)")
+    jsd: Weight = Field(0.0, description="T² · Jensen-Shannon divergence")
+    mse: Weight = Field(0.0, description="mean squared difference of the logits")
+    entropy: Weight = Field(0.0, description="T² · entropy of the merge's own predictions")
+    similarity: Weight = Field(
+        0.01, description="mean pairwise cosine of the sources' coefficients, mean over tensors"
+    )
+    l1: Weight = Field(0.0, description="sum of |c|")
+    l2: Weight = Field(0.0, description="sum over sources and tensors of the 2-norm of c")
+    overlap: Weight = Field(
+        0.0, description="mean pairwise sum of min(|c_i|, |c_j|), summed over tensors"
+    )
+    weighted_overlap: Weight = Field(
+        0.0, description="the same with each |c_i| weighted by the size of what it scales"
+    )
+
+
+class Train(_Block):
+    """Which kinds of tensors get trained coefficients; the others keep their start."""
+
+    linear: bool = Field(True, description="weight matrices of linear layers and experts")
+    embedding: bool = Field(True, description="token and position embeddings, tied heads")
+    norm: bool = Field(True, description="norm weights and other vectors")
+    bias: bool = Field(True, description="biases")
+
+
+class Settings(_Block):
+    """The `dam:` block."""
+
+    data: tuple[DataSettings, ...] = Field(description="one entry for each source")
+    preset: Literal["paper"] | None = Field(
+        None, description="`paper`: the published settings, where not given here"
+    )
+    formula: Formula = Field(
+        "weights", description="`weights`: Σ c·W; `task_vectors`: W_base + Σ c·(W - W_base)"
+    )
+    granularity: Granularity = Field(
+        "column", description="one coefficient for each `column`, `row`, `tensor` or `element`"
+    )
+    train: Train = Field(Train(), description="which kinds of tensors are trained")
+    objective: Objective = Field(Objective(), description="the terms of the loss")
+    steps: int | None = Field(
+        None, ge=0, description="optimiser steps; 200 unless `epochs` is given"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the longest source's data, instead of `steps`"
+    )
+    batch_size: int = Field(4, ge=1, description="rows of each source in a step, on each device")
+    accumulation: int = Field(1, ge=1, description="batches added up for one step")
+    learning_rate: float = Field(0.01, gt=0, description="peak learning rate of AdamW")
+    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = Field(
+        "cosine", description="how the learning rate falls"
+    )
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
+    max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
+    seed: int = Field(0, ge=0, description="of the row order and the choice of held-out rows")
+    examples: int = Field(2000, ge=2, description="rows used of each source's data")
+    max_length: int = Field(1024, ge=2, description="tokens kept of a row")
+    held_out: Share = Field(0.05, description="share of a source's rows that is held out")
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="dtype of the fit's forward passes; auto: float32 on a CPU, on a GPU the "
+        "models' own with bfloat16 for float16; coefficients are float32 always",
+    )
+    checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    log_every: int = Field(10, ge=1, description="steps between log lines")
+    report_to: tuple[str, ...] = Field(
+        (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."
+    )
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and fields.get("preset") in PRESETS:
+            preset = dict(PRESETS[fields["preset"]])
+            if fields.get("steps") is not None:
+                preset.pop("epochs", None)
+            given = fields.get("objective")
+            if isinstance(given, dict):
+                preset["objective"] = preset.get("objective", {}) | given
+                fields = {key: value for key, value in fields.items() if key != "objective"}
+            fields = preset | fields
+        return fields
+
+    @pydantic.model_validator(mode="after")
+    def _one_length(self) -> "Settings":
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("give `steps` or `epochs`, not both")
+        return self
+
+    @property
+    def max_steps(self) -> int:
+        """Optimiser steps, or -1 where `epochs` decides (the Trainer's convention)."""
+        if self.epochs is not None:
+            return -1
+        return 200 if self.steps is None else self.steps

@@ -1,0 +1,11 @@
+"""The one exception for mistakes that a user can mend."""
+
+import click
+
+
+class DamError(click.ClickException):
+    """A user's mistake: one sentence that says what is wrong, where, and what to do.
+
+    Being a ClickException, it ends mergekit's own command lines (which are click commands
+    too) with `Error: <sentence>` and exit status 1, not with a traceback.
+    """

@@ -1,0 +1,63 @@
+"""Held-out figures: how far the merge is from each source, and how well it predicts the text."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mergekit_dam import losses
+from mergekit_dam.data import Row, batch
+from mergekit_dam.fit.objective import predicted
+from mergekit_dam.model import MergedModel
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Means over the predicted tokens of one source's held-out rows."""
+
+    tokens: int
+    kl: float  # KL(source ‖ merge), nats a token, at temperature 1
+    perplexity: float  # of the merge
+    source_perplexity: float
+
+
+@torch.no_grad()
+def evaluate(
+    merged: MergedModel, held_out: Sequence[Sequence[Row]], batch_size: int
+) -> list[Figures]:
+    """One entry for each source."""
+    return [_figures(merged, source, rows, batch_size) for source, rows in enumerate(held_out)]
+
+
+def _figures(merged: MergedModel, source: int, rows: Sequence[Row], batch_size: int) -> Figures:
+    tokens, kl, merge_nll, source_nll = 0, 0.0, 0.0, 0.0
+    for inputs in _batches(rows, source, batch_size, merged.device):
+        input_ids, mask = inputs["input_ids"], predicted(inputs["lengths"], inputs["longest"])
+        targets = input_ids.roll(-1, dims=1)[mask]
+        student, teacher = merged(input_ids)[mask], merged.teach(source, input_ids)[mask]
+        count = len(targets)
+        tokens += count
+        kl += losses.kl(student, teacher).item() * count
+        merge_nll += F.cross_entropy(student.float(), targets).item() * count
+        source_nll += F.cross_entropy(teacher.float(), targets).item() * count
+    return Figures(
+        tokens, kl / tokens, _perplexity(merge_nll / tokens), _perplexity(source_nll / tokens)
+    )
+
+
+def _perplexity(nll: float) -> float:
+    return math.exp(min(nll, 700.0))  # beyond that a float overflows
+
+
+def _batches(
+    rows: Sequence[Row], source: int, batch_size: int, device: torch.device
+) -> Iterator[dict[str, Tensor]]:
+    """Rows of similar length together, so that little padding is computed."""
+    ordered = sorted(rows, key=len, reverse=True)
+    for start in range(0, len(ordered), batch_size):
+        chosen = ordered[start : start + batch_size]
+        inputs = {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}
+        yield {**inputs, "longest": inputs["input_ids"].shape[1]}

@@ -1,0 +1,71 @@
+"""What the fit minimises: distillation terms over each source's own rows, and the terms on the
+coefficients (arXiv 2410.08371, section 3.2)."""
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_dam import losses
+from mergekit_dam.config.settings import Objective
+from mergekit_dam.model import MergedModel
+
+COMPARISONS = {
+    "kl": losses.kl,
+    "reverse_kl": losses.reverse_kl,
+    "jsd": losses.jsd,
+    "mse": losses.mse,
+    "entropy": losses.entropy,
+}
+
+
+class Distillation(nn.Module):
+    """Loss of a step. Its parameters are the merged model's coefficients, and no others."""
+
+    def __init__(self, merged: MergedModel, objective: Objective):
+        super().__init__()
+        self.merged = merged
+        self._objective = objective
+        self._magnitudes = merged.magnitudes() if objective.weighted_overlap else None
+
+    def forward(self, input_ids: Tensor, lengths: Tensor, sources: Tensor) -> dict[str, Tensor]:
+        """`loss`, and each of its terms unweighted; terms of one source end in its number.
+
+        All sources' rows go through the merged model together; each source teaches on its own
+        rows alone. The loss is the sum over the sources of a mean over their tokens, so that a
+        batch of copies has the loss of one.
+        """
+        logits = self.merged(input_ids)
+        loss, terms = self._regularise()
+        for source in sources.unique().tolist():
+            rows = sources == source
+            student = logits[rows][predicted(lengths[rows], logits.shape[1])]
+            teacher = self._teacher(source, input_ids[rows], lengths[rows])
+            for name, compare in COMPARISONS.items():
+                if weight := getattr(self._objective, name):
+                    term = compare(student, teacher, self._objective.temperature)
+                    loss = loss + weight * term
+                    terms[f"{name}_{source + 1}"] = term.detach()
+        return {"loss": loss, **terms}
+
+    def _teacher(self, source: int, input_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Logits [tokens, vocabulary] of a source on its own rows, cut to their own longest."""
+        longest = int(lengths.max())
+        logits = self.merged.teach(source, input_ids[:, :longest])
+        return logits[predicted(lengths, longest)]
+
+    def _regularise(self) -> tuple[Tensor, dict[str, Tensor]]:
+        trained = list(self.merged.trained_coefficients().values())
+        loss, terms = torch.zeros((), device=self.merged.device), {}
+        for name in ("similarity", "l1", "l2", "overlap", "weighted_overlap"):
+            if weight := getattr(self._objective, name):
+                if name == "weighted_overlap":
+                    term = losses.overlap(trained, self._magnitudes)
+                else:
+                    term = getattr(losses, name)(trained)
+                loss = loss + weight * term
+                terms[name] = term.detach()
+        return loss, terms
+
+
+def predicted(lengths: Tensor, longest: int) -> Tensor:  # [rows] -> [rows, longest]
+    """The positions whose next token is real: they count; padding and a row's end do not."""
+    return torch.arange(longest, device=lengths.device) < (lengths - 1)[:, None]

@@ -1,0 +1,145 @@
+"""transformers' Trainer around the objective: schedule, accumulation, clipping, checkpoints,
+logging integrations and data parallelism come from there."""
+
+import json
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ProgressCallback
+
+from mergekit_dam.config.settings import Settings
+from mergekit_dam.data import StepRows, collate
+from mergekit_dam.fit.objective import Distillation
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+
+
+class CoefficientTrainer(Trainer):
+    """Logs every term of the loss beside the loss."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._terms: dict[str, list] = defaultdict(list)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        terms = model(**inputs)
+        loss = terms.pop("loss")
+        for name, value in terms.items():
+            self._terms[name].append(value)
+        return (loss, terms) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            means = {name: sum(v).item() / len(v) for name, v in self._terms.items()}
+            logs = {**logs, **means}
+            self._terms.clear()
+        super().log(logs, start_time)
+
+
+class _Bar(TrainerCallback):
+    """A progress bar with the loss and the time left."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="Fitting")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and logs and "loss" in logs:
+            self._bar.set_postfix(loss=f"{float(logs['loss']):.4f}")
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self._bar.close()
+
+
+def build_trainer(
+    distillation: Distillation,
+    rows: StepRows,
+    settings: Settings,
+    folder: Path,
+    *,
+    device: str,
+    quiet: bool,
+) -> CoefficientTrainer:
+    """`folder` holds the checkpoints; `device` is "cpu" or "cuda"."""
+    trainer = CoefficientTrainer(
+        model=distillation,
+        args=_arguments(settings, folder, device),
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not quiet:
+        trainer.add_callback(_Bar())
+    return trainer
+
+
+def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArguments:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulation,
+        max_steps=settings.max_steps,
+        num_train_epochs=settings.epochs or 1.0,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=settings.warmup,  # below 1: a share of all steps
+        weight_decay=0.0,
+        max_grad_norm=settings.max_grad_norm,
+        seed=settings.seed,
+        use_cpu=device == "cpu",
+        save_strategy="steps",
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,  # the one before stays until the next is whole
+        logging_steps=settings.log_every,
+        logging_first_step=True,
+        report_to=list(settings.report_to) or "none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=device != "cpu",
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs by torchrun, not by DataParallel
+    return arguments
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest whole checkpoint: the Trainer writes its state last, so a killed writer leaves
+    a folder without it or with half of it."""
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        match = CHECKPOINT.search(path.name)
+        if match and _is_json(path / "trainer_state.json"):
+            found.append((int(match.group(1)), path))
+    return str(max(found)[1]) if found else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except (OSError, ValueError):
+        return False
+
+
+def is_main_process() -> bool:
+    """Only one process of a distributed fit writes the file and prints the table."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def history(trainer: Trainer) -> list[dict[str, Any]]:
+    """The logged losses, without the timings: the same fit shall write the same file."""
+    kept = ("step", "loss", "learning_rate", "grad_norm")
+    return [
+        {key: entry[key] for key in kept if key in entry}
+        for entry in trainer.state.log_history
+        if "loss" in entry
+    ]

@@ -1,0 +1,107 @@
+"""The formula, once: W = base + Σ_i c_i * D_i.
+
+For one output tensor with sources W_1..W_N, each of shape S, and coefficients c of shape
+[N, *B] with B broadcastable to S:
+
+- `weights` (DAM, arXiv 2410.08371, section 3): base = 0, D_i = W_i;
+- `task_vectors`: base = W_base, D_i = W_i - W_base.
+
+The fit and the merge both call `combine`, so the two cannot drift apart.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Formula = Literal["weights", "task_vectors"]
+Granularity = Literal["column", "row", "tensor", "element"]
+FORMULAS: tuple[str, ...] = get_args(Formula)
+GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+
+
+def coefficient_shape(
+    shape: Sequence[int],
+    granularity: Granularity = "column",
+    *,
+    input_axis: int = -1,
+    bias: bool = False,
+) -> tuple[int, ...]:
+    """B, the shape of one source's coefficients for a tensor of `shape` S; broadcastable to S.
+
+    `column` (the paper): one coefficient for each input of a layer. A matrix [out, in] has
+    B = [1, in]; an embedding [vocab, hidden], one for each hidden dimension; a norm's weight
+    is a diagonal matrix, so elementwise; a bias has no input, so one scalar for the source.
+    `row`: one for each output; `tensor`: one; `element`: S itself.
+    Leading axes (a stack of experts [experts, out, in]) hold matrices of their own.
+
+    `input_axis` is -1 for [out, in], -2 for layers that keep [in, out] (GPT-2's Conv1D).
+    """
+    if granularity == "tensor" or (bias and granularity == "column"):
+        return (1,) * len(shape)
+    if granularity == "element" or len(shape) < 2:
+        return tuple(shape)
+    output_axis = -3 - input_axis  # the other one of the last two axes
+    summed = len(shape) + (output_axis if granularity == "column" else input_axis)
+    return tuple(1 if axis == summed else size for axis, size in enumerate(shape))
+
+
+def combine(
+    coefficients: Tensor,  # [N, *B] float32
+    sources: Sequence[Tensor],  # N tensors of shape S
+    base: Tensor | None = None,  # S, for task vectors
+    dtype: torch.dtype | None = None,
+) -> Tensor:  # S
+    """base + Σ_i c_i * (W_i - base), accumulated in float32 (float64 for float64 sources).
+
+    Returned in `dtype`, by default the sources'. Differentiable in `coefficients` alone.
+    """
+    if len(coefficients) != len(sources):
+        raise ValueError(f"{len(coefficients)} coefficients for {len(sources)} sources")
+    return _Combine.apply(coefficients, base, dtype or sources[0].dtype, *sources)
+
+
+def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
+    return torch.promote_types(torch.float32, sources[0].dtype)
+
+
+def _difference(source: Tensor, base: Tensor | None) -> Tensor:  # D_i, S
+    if base is None:
+        return source
+    return source.to(_accumulator([source])) - base
+
+
+class _Combine(torch.autograd.Function):
+    """Keeps references to the sources and none of the products c_i * D_i, whose storage
+    would be N times the weights: the gradient needs the D_i alone."""
+
+    @staticmethod
+    def forward(ctx, coefficients, base, dtype, *sources):
+        ctx.base, ctx.sources, ctx.shape = base, sources, coefficients.shape
+        accumulator = _accumulator(sources)
+        merged = torch.zeros_like(sources[0], dtype=accumulator)
+        if base is not None:
+            merged.copy_(base)
+        for coefficient, source in zip(coefficients, sources, strict=True):
+            merged.addcmul_(_difference(source, base), coefficient.to(accumulator))
+        return merged.to(dtype)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
+        accumulator = _accumulator(ctx.sources)
+        gradient = gradient.to(accumulator)
+        product = torch.empty_like(gradient)
+        gradients = torch.empty(ctx.shape, dtype=torch.float32, device=gradient.device)
+        for row, source in zip(gradients, ctx.sources, strict=True):
+            torch.mul(gradient, _difference(source, ctx.base), out=product)
+            row.copy_(product.sum_to_size(row.shape))
+        return gradients, None, None, *(None for _ in ctx.sources)
+
+
+def magnitude(source: Tensor, base: Tensor | None, shape: Sequence[int]) -> Tensor:  # B
+    """‖D_i‖ over the axes that B sums up, over its mean: what one coefficient scales."""
+    squares = _difference(source, base).float().square()
+    norms = squares.sum_to_size(tuple(shape)).sqrt()
+    return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)

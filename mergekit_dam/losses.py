@@ -1,0 +1,102 @@
+"""The terms of the objective (arXiv 2410.08371, section 3.2): pure functions, no state.
+
+Of the logits: `student` is the merge, `teacher` the source, both [tokens, vocabulary], real
+tokens only; each term is a mean over tokens, in nats where it is a divergence, and is computed
+in float32. Of the coefficients: a list with one [N, *B] tensor for each output tensor.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:  # [tokens, vocabulary]
+    return F.log_softmax(logits.float() / temperature, dim=-1)
+
+
+def _divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities [tokens, vocabulary]: sum over the vocabulary, mean over
+    the tokens."""
+    return F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+
+
+def kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · KL(teacher ‖ student). T² keeps the gradient's size (Hinton et al., 2015)."""
+    p, q = (_log_probabilities(logits, temperature) for logits in (teacher, student))
+    return temperature**2 * _divergence(p, q)
+
+
+def reverse_kl(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · KL(student ‖ teacher): seeks the source's modes rather than covers them."""
+    return kl(teacher, student, temperature)
+
+
+def jsd(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · Jensen-Shannon divergence: the mean KL of both to their mixture, at most ln 2 · T²."""
+    p, q = (_log_probabilities(logits, temperature) for logits in (teacher, student))
+    mixture = torch.logaddexp(p, q) - torch.log(torch.tensor(2.0))
+    return temperature**2 * (_divergence(p, mixture) + _divergence(q, mixture)) / 2
+
+
+def mse(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Squared difference of the logits, mean over vocabulary and tokens; T plays no part."""
+    return F.mse_loss(student.float(), teacher.float())
+
+
+def entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """T² · entropy of the student's own predictions; the teacher plays no part."""
+    q = _log_probabilities(student, temperature)
+    return temperature**2 * -(q.exp() * q).sum(-1).mean()
+
+
+def similarity(coefficients: Sequence[Tensor]) -> Tensor:
+    """Cosine of c_i and c_j, mean over the pairs of sources, mean over the tensors.
+
+    At a uniform start its gradient is exactly zero: parallel vectors are at the maximum.
+    """
+    cosines = []
+    for c in coefficients:
+        first, second = _pairs(c.flatten(1))
+        if first.shape[1]:
+            cosines.append(F.cosine_similarity(first, second, dim=0).mean())
+    return torch.stack(cosines).mean() if cosines else torch.zeros(())
+
+
+def l1(coefficients: Sequence[Tensor]) -> Tensor:
+    """Σ |c| over all coefficients."""
+    return _sum([c.abs().sum() for c in coefficients])
+
+
+def l2(coefficients: Sequence[Tensor]) -> Tensor:
+    """Σ ‖c_i‖₂ over sources and tensors: the norm, not its square, as published."""
+    return _sum([c.flatten(1).norm(dim=1).sum() for c in coefficients])
+
+
+def overlap(coefficients: Sequence[Tensor], magnitudes: Sequence[Tensor] | None = None) -> Tensor:
+    """Σ min(|c_i|, |c_j|), mean over the pairs of sources, summed over the tensors: how far two
+    sources claim the same columns.
+
+    `magnitudes`, shaped like the coefficients, weight each |c_i| by the size of what it scales
+    (`weighted_overlap`): ‖D_i‖ over the broadcast axes, over its mean in that tensor.
+    """
+    claims = [c.abs().flatten(1) for c in coefficients]
+    if magnitudes is not None:
+        claims = [c * m.flatten(1) for c, m in zip(claims, magnitudes, strict=True)]
+    shared = []
+    for claim in claims:
+        first, second = _pairs(claim)
+        if first.shape[1]:
+            shared.append(torch.minimum(first, second).sum(0).mean())
+    return _sum(shared)
+
+
+def _pairs(vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs i < j of the rows of [N, K]: two tensors [K, pairs], empty for one source."""
+    i, j = torch.triu_indices(len(vectors), len(vectors), offset=1, device=vectors.device)
+    return vectors[i].T, vectors[j].T
+
+
+def _sum(terms: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum() if terms else torch.zeros(())

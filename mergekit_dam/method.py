@@ -1,0 +1,115 @@
+"""The merge method `dam`: a thin adapter between mergekit's groups and the formula.
+
+A group method, because batch kernels see no tensor names and no model references.
+"""
+
+from typing import Annotated, Any
+
+import pydantic
+from mergekit.merge_methods.base import (
+    GroupMergeMethod,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+    TensorGroup,
+)
+from torch import Tensor
+
+from mergekit_dam.coefficients import CoefficientFile, open_file
+from mergekit_dam.errors import DamError
+from mergekit_dam.formula import combine
+from mergekit_dam.sources import match
+
+# The value of `coefficients` while the fit plans a merge whose file is yet to be written.
+TO_BE_FITTED = "<to be fitted>"
+
+
+def _require_path(value: Any) -> Any:
+    """Fail while mergekit still plans, before any weight is loaded."""
+    if value is None:
+        raise DamError(
+            "merge_method dam needs `parameters: {coefficients: FILE}`, and FILE is written by "
+            "`mergekit-dam fit CONFIG`."
+        )
+    if value != TO_BE_FITTED:
+        open_file(value)
+    return value
+
+
+class DamMerge(GroupMergeMethod):
+    """W = base + Σ_i c_i * D_i with coefficients from a file (arXiv 2410.08371)."""
+
+    spec = MergeMethodSpec(
+        name="dam",
+        pretty_name="Differentiable Adaptive Merging (DAM)",
+        reference_url="https://arxiv.org/abs/2410.08371",
+        parameters=(
+            ParameterSpec(
+                "coefficients",
+                Annotated[str | None, pydantic.AfterValidator(_require_path)],
+                ParameterScope.SHARED,
+                default=None,
+                description="path of the file that `mergekit-dam fit` has written",
+            ),
+        ),
+        contract=InputContract(),
+    )
+
+    def merge_group(self, group: TensorGroup, /, *, coefficients: str) -> Tensor:
+        """The merged tensor, in the dtype to which mergekit has brought the inputs."""
+        file, name = open_file(coefficients), group.metadata.name
+        if name is None:
+            raise DamError("merge_method dam finds coefficients by name: give the tensors names.")
+        rows = _rows(file, group)
+        if not rows:  # an optional tensor that only a base outside the sources has
+            return group.entries[0].tensor
+        file.check_shape(name, tuple(group.entries[0].tensor.shape))
+        factors = file.get(name)
+        self._check_absent(file, factors, set(rows))
+        tensors = list(rows.values())
+        chosen = factors[list(rows)].to(tensors[0].device)
+        return combine(chosen, tensors, self._base(file, group))
+
+    @staticmethod
+    def _base(file: CoefficientFile, group: TensorGroup) -> Tensor | None:
+        if file.header.formula == "weights":
+            return None
+        if group.base is None:
+            raise DamError(
+                f"{file.path} was fitted with `formula: task_vectors`, which needs the base's "
+                f"{group.metadata.name}: set `base_model`."
+            )
+        return group.base.tensor
+
+    @staticmethod
+    def _check_absent(file: CoefficientFile, factors: Tensor, present: set[int]) -> None:
+        """A source without this optional tensor had coefficients of exactly zero in the fit."""
+        for row, source in enumerate(file.header.sources):
+            if row not in present and factors[row].any():
+                raise DamError(
+                    f"{file.path} was fitted for the source {source.reference}, which is not "
+                    "among the config's models: add it, or fit the coefficients again."
+                )
+
+
+def _rows(file: CoefficientFile, group: TensorGroup) -> dict[int, Tensor]:
+    """The group's tensors by the rows of their coefficients, in the order of the rows.
+
+    A base that is not among the file's sources has none; another model must be a source.
+    """
+    is_base_apart = file.header.formula == "task_vectors"
+    entries = group.non_base if is_base_apart else group.entries
+    rows = match(file.header.sources, [entry.id for entry in entries])
+    for row, entry in zip(rows, entries, strict=True):
+        if row is None and not entry.is_base:
+            raise DamError(
+                f"{file.path} was fitted for the sources "
+                f"{', '.join(source.reference for source in file.header.sources)}; {entry.id} is "
+                "not one of them, or has changed since: fit the coefficients for these models."
+            )
+    found = {row: entry.tensor for row, entry in zip(rows, entries, strict=True)}
+    return {row: found[row] for row in sorted(row for row in found if row is not None)}
+
+
+dam = DamMerge()

@@ -1,0 +1,7 @@
+"""The merged model of the fit: a Hugging Face skeleton whose weights are made block by block."""
+
+from mergekit_dam.model.merged import MergedModel
+from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
+from mergekit_dam.model.weights import SourceWeights
+
+__all__ = ["MergedModel", "Role", "Skeleton", "SourceWeights", "build_skeleton"]

@@ -1,0 +1,86 @@
+"""The sources' weights, gathered by mergekit, held on one device."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.plan import OutputTensor, Plan
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The inputs of one output tensor, each of shape S."""
+
+    sources: tuple[Tensor, ...]  # of the sources that have this tensor
+    rows: tuple[int, ...]  # those sources' rows in the coefficients
+    base: Tensor | None  # of task vectors
+    dtype: torch.dtype  # in which the merge writes the result
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.sources[0].shape
+
+    def source(self, row: int) -> Tensor | None:
+        """The tensor of one source, None where it has none."""
+        return self.sources[self.rows.index(row)] if row in self.rows else None
+
+
+class SourceWeights:
+    """All stacks of a plan. On the CPU they stay the memory-mapped files of the checkpoints."""
+
+    def __init__(self, plan: Plan, *, needs_base: bool, device: torch.device | str = "cpu"):
+        self._stacks: dict[str, Stack] = {}
+        self.buffers: dict[str, Tensor] = {}  # integer tensors, which are copied, not merged
+        for name, inputs in plan.load(plan.tensors):
+            self._add(plan, plan.tensors[name], inputs, needs_base, device)
+
+    def _add(self, plan: Plan, output: OutputTensor, inputs: dict, needs_base: bool, device):
+        tensors = {model: tensor.to(device) for model, tensor in inputs.items()}
+        rows = tuple(row for row, model in enumerate(plan.sources) if model in tensors)
+        if not rows:  # only a base outside the sources has it; the merge keeps the base's
+            return
+        sources = tuple(tensors[plan.sources[row]] for row in rows)
+        _require_one_shape(output.name, plan, tensors)
+        if not sources[0].is_floating_point():
+            self.buffers[output.name] = sources[0]
+            return
+        base = tensors.get(plan.base) if needs_base else None
+        if needs_base and base is None:
+            raise DamError(
+                f"The base model {plan.base} has no tensor {output.name}, which "
+                "`formula: task_vectors` subtracts: use `formula: weights`."
+            )
+        self._stacks[output.name] = Stack(sources, rows, base, _merged_dtype(output, tensors))
+
+    def __getitem__(self, name: str) -> Stack:
+        return self._stacks[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._stacks
+
+    def names(self) -> Iterable[str]:
+        """The output tensors that have coefficients, in mergekit's order of planning."""
+        return self._stacks.keys()
+
+
+def _merged_dtype(output: OutputTensor, tensors: dict) -> torch.dtype:
+    """mergekit promotes the inputs to one dtype, and casts on saving where the YAML says so."""
+    if output.out_dtype is not None:
+        return output.out_dtype
+    dtype = next(iter(tensors.values())).dtype
+    for tensor in tensors.values():
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _require_one_shape(name: str, plan: Plan, tensors: dict) -> None:
+    shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
+    if len(set(shapes.values())) > 1:
+        listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
+        remedy = "choose models of one architecture and size"
+        if plan.tensors[name].vocabulary_axis is not None:
+            remedy = "align the vocabularies, for example with `tokenizer: {source: union}`"
+        raise DamError(f"The sources' shapes of {name} differ ({listed}): {remedy}.")

@@ -1,0 +1,71 @@
+"""The closing table: each source, the plain average and the fit, on held-out rows."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from mergekit_dam.coefficients import Header
+
+COLUMNS = (
+    "source",
+    "tokens",
+    "KL average",
+    "KL fit",
+    "perplexity source",
+    "perplexity average",
+    "perplexity fit",
+)
+
+
+def rows(header: Header) -> list[tuple[str, ...]]:
+    """One row for each source and, last, the mean over the sources."""
+    average, fit = header.results["average"], header.results["fit"]
+    table = [
+        (source.reference, f"{a['tokens']}", *_figures(a, f))
+        for source, a, f in zip(header.sources, average, fit, strict=True)
+    ]
+    return [*table, ("mean", "", *_figures(_mean(average), _mean(fit)))]
+
+
+def _figures(average: dict[str, Any], fit: dict[str, Any]) -> tuple[str, ...]:
+    return (
+        f"{average['kl']:.4f}",
+        f"{fit['kl']:.4f}",
+        f"{fit['source_perplexity']:.4g}",
+        f"{average['perplexity']:.4g}",
+        f"{fit['perplexity']:.4g}",
+    )
+
+
+def _mean(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
+
+
+def as_text(header: Header) -> str:
+    """Aligned columns for a terminal."""
+    table = [COLUMNS, *rows(header)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def as_markdown(header: Header) -> str:
+    """The section that `run` adds to mergekit's model card."""
+    lines = [COLUMNS, tuple(["---"] + ["---:"] * (len(COLUMNS) - 1)), *rows(header)]
+    table = "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+    return (
+        "## Held-out results\n\n"
+        "KL divergence to each source (nats a token) and perplexity, on rows of that source's "
+        "own data that the fit did not see: the plain average of the sources, and this merge by "
+        "[mergekit-dam](https://arxiv.org/abs/2410.08371).\n\n"
+        f"{table}\n"
+    )
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
