@@ -89,7 +89,7 @@ def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -
     from mergekit_dam.merging import merge as run
 
     recipe = read_recipe(config)
-    check(recipe, merge_options, coefficients=recipe.coefficients, will_fit=False)
+    check(recipe, merge_options, coefficients=recipe.coefficients, will_fit=False, will_merge=True)
     run(recipe, out, merge_options, overwrite=overwrite)
 
 
@@ -119,7 +119,9 @@ def check(merge_options: MergeOptions, config: str) -> None:
     from mergekit_dam.config import read_recipe
 
     recipe = read_recipe(config)
-    estimate = find_mistakes(recipe, merge_options, coefficients=recipe.coefficients)
+    estimate = find_mistakes(
+        recipe, merge_options, coefficients=recipe.coefficients, will_fit=True, will_merge=True
+    )
     click.echo(f"{config} is ready to fit.\n{estimate}")
 
 
@@ -130,7 +132,7 @@ def _fit(recipe, out: str | None, options: MergeOptions, *, resume: bool) -> str
     from mergekit_dam.fit import fit as fit_stage
 
     out = out or recipe.coefficients
-    find_mistakes(recipe, options, coefficients=out)
+    find_mistakes(recipe, options, coefficients=out, will_fit=True, will_merge=False)
     header = fit_stage(recipe, out, options, device=_fit_device(options), resume=resume)
     return table.as_text(header)
 

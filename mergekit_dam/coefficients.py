@@ -50,6 +50,12 @@ class Header(Frozen):
     settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
     results: dict[str, Any] = {}  # held-out figures before and after
 
+    @pydantic.model_validator(mode="after")
+    def _has_base(self) -> "Header":
+        if self.formula == "task_vectors" and self.base is None:
+            raise ValueError("task vectors without a base")
+        return self
+
 
 def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: Header) -> None:
     """Write atomically; an earlier, different file is kept as `<stem>.previous.safetensors`.

@@ -110,29 +110,35 @@ def _tokenize(
     source_tokenizer: PreTrainedTokenizerBase,
     length: int,
 ) -> Row:
-    messages = _messages(row, has_template=source_tokenizer.chat_template is not None)
+    messages = _messages(row, entry, has_template=source_tokenizer.chat_template is not None)
     if messages is not None:
         # A template writes the special tokens itself.
         text = _render(messages, entry, source_tokenizer)
         return tokenizer(text, add_special_tokens=False)["input_ids"][:length]
-    if "prompt" in row and "completion" in row:
-        ids = tokenizer(f"{row['prompt']}{row['completion']}")["input_ids"]
+    if entry.text is None and _has(row, str, "prompt", "completion"):
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"]
         end = tokenizer.eos_token_id
         return (ids if end is None or ids[-1:] == [end] else [*ids, end])[:length]
     return tokenizer(_text(row, entry))["input_ids"][:length]
 
 
-def _messages(row: Mapping, *, has_template: bool) -> Sequence[Mapping] | None:
+def _has(row: Mapping, kind: type, *columns: str) -> bool:
+    """Files with mixed rows give None for the columns that a row lacks."""
+    return all(isinstance(row.get(column), kind) for column in columns)
+
+
+def _messages(row: Mapping, entry: DataSettings, *, has_template: bool) -> Sequence[Mapping] | None:
     """The row as a conversation, where it is one or the source expects one."""
-    if row.get("messages"):
+    if entry.text is not None:
+        return None
+    if _has(row, list, "messages"):
         return row["messages"]
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, list) and isinstance(completion, list):
-        return [*prompt, *completion]
-    if has_template and isinstance(prompt, str) and isinstance(completion, str):
+    if _has(row, list, "prompt", "completion"):
+        return [*row["prompt"], *row["completion"]]
+    if has_template and _has(row, str, "prompt", "completion"):
         return [
-            {"role": "user", "content": prompt},
-            {"role": "assistant", "content": completion},
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
         ]
     return None
 
@@ -153,13 +159,14 @@ def _render(messages: Sequence[Mapping], entry: DataSettings, tokenizer: Any) ->
 
 
 def _text(row: Mapping, entry: DataSettings) -> str:
-    text = row.get(entry.text)
-    if not isinstance(text, str):
+    column = entry.text or "text"
+    if not _has(row, str, column):
         raise DamError(
-            f"{entry.path} has no column {entry.text!r} with text, only {', '.join(row)}: name "
-            f"the column with `text:` in the `dam.data` entry of {entry.source}."
+            f"{entry.path} has a row without text in the column {column!r} (its columns are "
+            f"{', '.join(row)}): name the column with `text:` in the `dam.data` entry of "
+            f"{entry.source}."
         )
-    return text
+    return row[column]
 
 
 class StepRows(torch.utils.data.Dataset):

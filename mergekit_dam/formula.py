@@ -100,8 +100,10 @@ class _Combine(torch.autograd.Function):
         return gradients, None, None, *(None for _ in ctx.sources)
 
 
-def magnitude(source: Tensor, base: Tensor | None, shape: Sequence[int]) -> Tensor:  # B
-    """‖D_i‖ over the axes that B sums up, over its mean: what one coefficient scales."""
-    squares = _difference(source, base).float().square()
-    norms = squares.sum_to_size(tuple(shape)).sqrt()
-    return norms / norms.mean().clamp_min(torch.finfo(torch.float32).tiny)
+def alignment(
+    first: Tensor, second: Tensor, base: Tensor | None, shape: Sequence[int]
+) -> Tensor:  # B
+    """Cosine of D_i and D_j over the axes that B sums up: of their columns, for `column`."""
+    d, e = (_difference(source, base).float() for source in (first, second))
+    dot, dd, ee = (x.sum_to_size(tuple(shape)) for x in (d * e, d * d, e * e))
+    return dot / (dd * ee).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

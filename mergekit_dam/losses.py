@@ -74,21 +74,21 @@ def l2(coefficients: Sequence[Tensor]) -> Tensor:
     return _sum([c.flatten(1).norm(dim=1).sum() for c in coefficients])
 
 
-def overlap(coefficients: Sequence[Tensor], magnitudes: Sequence[Tensor] | None = None) -> Tensor:
+def overlap(coefficients: Sequence[Tensor], interference: Sequence[Tensor] | None = None) -> Tensor:
     """Σ min(|c_i|, |c_j|), mean over the pairs of sources, summed over the tensors: how far two
     sources claim the same columns.
 
-    `magnitudes`, shaped like the coefficients, weight each |c_i| by the size of what it scales
-    (`weighted_overlap`): ‖D_i‖ over the broadcast axes, over its mean in that tensor.
+    `interference` (`weighted_overlap`) has a weight for each such minimum, [pairs, *B] for each
+    tensor: see `MergedModel.interference`.
     """
-    claims = [c.abs().flatten(1) for c in coefficients]
-    if magnitudes is not None:
-        claims = [c * m.flatten(1) for c, m in zip(claims, magnitudes, strict=True)]
     shared = []
-    for claim in claims:
-        first, second = _pairs(claim)
-        if first.shape[1]:
-            shared.append(torch.minimum(first, second).sum(0).mean())
+    for index, c in enumerate(coefficients):
+        first, second = _pairs(c.abs().flatten(1))
+        claimed = torch.minimum(first, second)  # [K, pairs]
+        if interference is not None:
+            claimed = claimed * interference[index].flatten(1).T
+        if claimed.shape[1]:
+            shared.append(claimed.sum(0).mean())
     return _sum(shared)
 
 

@@ -75,10 +75,11 @@ class DamMerge(GroupMergeMethod):
     def _base(file: CoefficientFile, group: TensorGroup) -> Tensor | None:
         if file.header.formula == "weights":
             return None
-        if group.base is None:
+        if group.base is None or match([file.header.base], [group.base.id]) == [None]:
             raise DamError(
-                f"{file.path} was fitted with `formula: task_vectors`, which needs the base's "
-                f"{group.metadata.name}: set `base_model`."
+                f"{file.path} was fitted with `formula: task_vectors` on the base "
+                f"{file.header.base.reference}, whose {group.metadata.name} it needs: set "
+                "`base_model` to it, or fit the coefficients again."
             )
         return group.base.tensor
 

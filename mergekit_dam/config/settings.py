@@ -13,7 +13,7 @@ from mergekit_dam.formula import Formula, Granularity
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 
-# arXiv 2410.08371, section 4, and the published training script where the paper is silent.
+# arXiv 2410.08371, section 4; L1 and L2 are off there as in the published training script.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "epochs": 1,
@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "learning_rate": 1e-3,
         "schedule": "constant",
         "warmup": 0.0,
-        "objective": {"temperature": 2.0, "similarity": 0.01, "l1": 1e-6, "l2": 1e-5},
+        "objective": {"temperature": 2.0, "similarity": 0.01},
     },
 }
 
@@ -43,10 +43,10 @@ class DataSettings(_Block):
     held_out: Share | str | None = Field(
         None, description="share or named split that is held out; default: `dam.held_out`"
     )
-    text: str = Field(
-        "text",
-        description="column with plain text, unless the rows have `messages` or "
-        "`prompt` and `completion`",
+    text: str | None = Field(
+        None,
+        description="column with plain text; default: `messages`, else `prompt` and "
+        "`completion`, else `text`, whichever a row has",
     )
     examples: int | None = Field(None, ge=2, description="rows used; default: `dam.examples`")
     max_length: int | None = Field(
@@ -76,7 +76,7 @@ class Objective(_Block):
         0.0, description="mean pairwise sum of min(|c_i|, |c_j|), summed over tensors"
     )
     weighted_overlap: Weight = Field(
-        0.0, description="the same with each |c_i| weighted by the size of what it scales"
+        0.0, description="the same, weighted by sin²(2θ), θ the angle between what c_i, c_j scale"
     )
 
 
@@ -128,7 +128,6 @@ class Settings(_Block):
         "models' own with bfloat16 for float16; coefficients are float32 always",
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
-    log_every: int = Field(10, ge=1, description="steps between log lines")
     report_to: tuple[str, ...] = Field(
         (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."
     )

@@ -24,7 +24,7 @@ class Distillation(nn.Module):
         super().__init__()
         self.merged = merged
         self._objective = objective
-        self._magnitudes = merged.magnitudes() if objective.weighted_overlap else None
+        self._interference = merged.interference() if objective.weighted_overlap else None
 
     def forward(self, input_ids: Tensor, lengths: Tensor, sources: Tensor) -> dict[str, Tensor]:
         """`loss`, and each of its terms unweighted; terms of one source end in its number.
@@ -53,12 +53,12 @@ class Distillation(nn.Module):
         return logits[predicted(lengths, longest)]
 
     def _regularise(self) -> tuple[Tensor, dict[str, Tensor]]:
-        trained = list(self.merged.trained_coefficients().values())
+        trained = self.merged.regularised()
         loss, terms = torch.zeros((), device=self.merged.device), {}
         for name in ("similarity", "l1", "l2", "overlap", "weighted_overlap"):
             if weight := getattr(self._objective, name):
                 if name == "weighted_overlap":
-                    term = losses.overlap(trained, self._magnitudes)
+                    term = losses.overlap(trained, self._interference)
                 else:
                     term = getattr(losses, name)(trained)
                 loss = loss + weight * term

@@ -1,6 +1,7 @@
 """The fit, from a recipe to the coefficient file."""
 
 import json
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -225,11 +226,12 @@ def _checkpoint(folder: Path, identity: dict[str, Any], *, resume: bool) -> str 
 
 
 def _device(name: str) -> str:
+    """Under torchrun each process has a GPU of its own, the one that the Trainer takes too."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise DamError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return name
+    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
 
 
 def _compute_dtype(settings: Settings, weights: SourceWeights, device: str) -> torch.dtype:

@@ -101,8 +101,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the one before stays until the next is whole
-        logging_steps=settings.log_every,
-        logging_first_step=True,
+        logging_steps=1,  # a mean over several steps would not survive a resumed fit
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -135,11 +134,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def history(trainer: Trainer) -> list[dict[str, Any]]:
-    """The logged losses, without the timings: the same fit shall write the same file."""
-    kept = ("step", "loss", "learning_rate", "grad_norm")
+def history(trainer: Trainer, points: int = 100) -> list[dict[str, Any]]:
+    """The loss curve: means over at most `points` windows of steps. Without the timings, since
+    the same fit shall write the same file."""
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    width = max(1, -(-len(logs) // points))
+    windows = [logs[start : start + width] for start in range(0, len(logs), width)]
     return [
-        {key: entry[key] for key in kept if key in entry}
-        for entry in trainer.state.log_history
-        if "loss" in entry
+        {"step": window[-1]["step"], "loss": sum(e["loss"] for e in window) / len(window)}
+        for window in windows
     ]

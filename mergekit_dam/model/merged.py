@@ -7,6 +7,7 @@ and activations again: one block's merged weights exist at a time. A teacher is 
 skeleton with one source's own tensors in place of the merged ones; it costs no extra weights.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 
@@ -16,7 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import combine, magnitude
+from mergekit_dam.formula import alignment, combine
 from mergekit_dam.model.skeleton import Skeleton
 from mergekit_dam.model.weights import SourceWeights
 
@@ -57,15 +58,30 @@ class MergedModel(nn.Module):
     def device(self) -> torch.device:
         return next(self.parameters()).device
 
+    def regularised(self) -> list[Tensor]:
+        """Each trained tensor's coefficients [n, *B], of the n sources that have the tensor."""
+        return [
+            c if len(rows) == len(c) else c[list(rows)]
+            for name, c in self.trained_coefficients().items()
+            for rows in [self._weights[name].rows]
+        ]
+
     @torch.no_grad()
-    def magnitudes(self) -> list[Tensor]:
-        """For each trained tensor, [N, *B]: how large the part is that a coefficient scales."""
+    def interference(self) -> list[Tensor]:
+        """For each trained tensor [pairs, *B]: sin²(2θ), θ being the angle between D_i and D_j.
+
+        Nothing for parts that are parallel or orthogonal, most for 45 degrees, as in the
+        published `weighted_overlap`.
+        """
         result = []
-        for name, coefficients in self.trained_coefficients().items():
-            stack, sizes = self._weights[name], torch.zeros_like(coefficients)
-            for row, source in zip(stack.rows, stack.sources, strict=True):
-                sizes[row] = magnitude(source, stack.base, coefficients.shape[1:])
-            result.append(sizes)
+        for name, c in self.trained_coefficients().items():
+            stack = self._weights[name]
+            cosines = [
+                alignment(first, second, stack.base, c.shape[1:])
+                for first, second in itertools.combinations(stack.sources, 2)
+            ]
+            squares = torch.stack(cosines).square() if cosines else c.new_zeros(0, *c.shape[1:])
+            result.append(4 * squares * (1 - squares))
         return result
 
     def forward(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, vocabulary]

@@ -1,0 +1,231 @@
+"""Prints docs/config.md: the template below, its tables made from the settings' descriptions.
+
+To bring it up to date: `python docs/make_config_reference.py > docs/config.md`
+"""
+
+from collections.abc import Iterator, Mapping
+from string import Template
+from typing import Any
+
+from mergekit_dam.config.settings import PRESETS, DataSettings, Objective, Settings, Train
+
+TEMPLATE = """\
+<!-- Made by docs/make_config_reference.py; edit that script or the descriptions in
+     mergekit_dam/config/settings.py, not this file. -->
+# The config
+
+One YAML file serves both stages. `mergekit-dam fit` reads all of it and writes the coefficient
+file; `mergekit-yaml` and `mergekit-dam merge` read mergekit's own keys and that file. mergekit
+passes over the `dam:` block.
+
+```yaml
+merge_method: dam
+base_model: ./base                      # gives config and tokenizer; a source only if listed below
+models:
+  - model: ./math
+  - model: ./code
+parameters:
+  coefficients: ./dam.safetensors       # written by the fit, read by the merge
+dtype: bfloat16
+dam:                                    # read by mergekit-dam alone
+  data:                                 # one entry for each source
+    - {source: ./math, path: math.jsonl}
+    - source: ./code
+      path: code.jsonl
+      text: content
+      examples: 500
+  steps: 200
+  learning_rate: 0.01
+  seed: 1
+  train: {bias: false}
+  objective: {temperature: 2.0, similarity: 0.01}
+```
+
+`mergekit-dam check CONFIG` lists every mistake in the file without loading weights. In
+mergekit's part too it refuses a key that nobody reads, which mergekit itself would pass over.
+Relative paths, `coefficients` among them, resolve against the working directory, as mergekit's
+do, not against the folder of the YAML file.
+
+The method has one parameter of its own, `coefficients`. Parameters of other methods, such as
+`weight` and `density`, are refused.
+
+## `dam`
+
+Give `steps` or `epochs`, not both. One epoch passes once over the data of the source with the
+most rows; shorter sources begin again.
+
+$settings
+
+## `dam.data`
+
+A list with one entry for each source. `source` is the model as the YAML's `models` name it,
+revision and adapter included.
+
+$data
+
+### Data formats
+
+`path` names a local file by its ending (`.json`, `.jsonl`, `.parquet`, `.csv`, `.txt`), a local
+folder, or a data set on the Hub; all go through `datasets.load_dataset`. The rows of a data set
+all have one of these forms, and the first that fits is taken:
+
+| the row has | it becomes |
+|---|---|
+| `messages`, a list of `{role, content}` | a conversation in the source's own chat template |
+| `prompt` and `completion`, both lists of messages | one conversation, likewise |
+| the two as text, and the source has a chat template | a user's and an assistant's message |
+| the two as text, and the source has none | joined as they are, then the end-of-sequence token |
+| the column named by `text` | that text |
+
+One row of each form, as a line of a `.jsonl` file:
+
+```json
+{"text": "Plain text, as a language model reads it."}
+{"prompt": "2+2=", "completion": "4"}
+{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
+```
+
+- **Two tokenizers.** The chat template is that of the source whose data it is. The token ids come
+  from the merge's tokenizer: the one mergekit builds for `tokenizer:` or `tokenizer_source:`, else
+  that of `base_model`, else that of the first model.
+- **Special tokens.** A chat template writes them itself. To any other row the tokenizer adds its
+  own, as it does when called on a text.
+- **Length.** A row keeps its first `max_length` tokens. A row of one token is left out.
+- **What counts.** Every token of a row after its first is predicted, prompts included. Rows are
+  padded to the longest of a batch, and padding counts for nothing.
+- **Which rows.** `examples` rows are chosen in an order that `seed` fixes. A share `held_out` of
+  them, at least one, is kept from training. `held_out` may also name a split of its own:
+  `held_out: test`, or `split: train[:90%]` with `held_out: train[90%:]`.
+
+## `dam.train`
+
+Tensors of a kind that is switched off keep their start, the plain average.
+
+$train
+
+## `dam.objective`
+
+The loss is the sum of these terms, each times its weight here; a term of weight 0 is not computed.
+[method.md](method.md) has the formulas.
+
+$objective
+
+## `dam.preset`
+
+`preset: paper` sets what follows, as published with arXiv 2410.08371. A key that the YAML gives
+itself wins; `steps` in the YAML takes the place of the preset's `epochs`. All other keys keep
+the defaults above; [method.md](method.md#what-differs-from-the-published-implementation) says what
+else differs from the published script.
+
+$preset
+
+```yaml
+merge_method: dam
+models:
+  - model: ./math
+  - model: ./code
+parameters: {coefficients: ./dam.safetensors}
+dam:
+  preset: paper
+  data:
+    - {source: ./math, path: math.jsonl}
+    - {source: ./code, path: code.jsonl}
+```
+
+## Device and dtype
+
+- **Device.** `fit` and `run` fit on a GPU where torch sees one, else on the CPU; `--device cpu` or
+  `--device cuda` decides. Merging is mergekit's and stays on the CPU unless `--cuda` or `--device`
+  is given.
+- **Memory.** The fit holds all sources' weights on its device (on the CPU they stay the
+  memory-mapped files), the merged weights of one block at a time, and the activations of a step.
+  `mergekit-dam check` estimates them.
+- **`dtype`, `out_dtype`** are mergekit's: what the sources are cast to, and what the merge is
+  saved in. The fit rounds every merged weight as the merge will.
+- **`dam.compute_dtype`** is the dtype of the fit's forward and backward passes. There is no loss
+  scaling, so prefer bfloat16 to float16. Losses are computed in float32, and coefficients are
+  float32 whatever the models are.
+- **Reproducible.** The same config and seed on the same machine give the same file, on the CPU
+  bit for bit.
+
+## Checkpoints
+
+Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE.fit/`, where FILE
+is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
+or a row of data has changed, `report_to` excepted. The folder is removed when the fit is done.
+"""
+
+
+def render() -> str:
+    """The text of docs/config.md."""
+    return Template(TEMPLATE).substitute(
+        settings=_table(Settings),
+        data=_table(DataSettings),
+        train=_table(Train),
+        objective=_table(Objective),
+        preset=_preset("paper"),
+    )
+
+
+def _table(block: type) -> str:
+    schema = block.model_json_schema()
+    rows = [
+        (f"`{key}`", _type(schema["properties"][key]), _default(field), field.description)
+        for key, field in block.model_fields.items()
+    ]
+    return _markdown(("key", "type", "default", "meaning"), rows)
+
+
+def _preset(name: str) -> str:
+    return _markdown(("key", "value"), [(f"`{k}`", f"`{v}`") for k, v in _flat(PRESETS[name])])
+
+
+def _flat(settings: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _markdown(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [header, ("---",) * len(header), *rows]
+    escaped = [[cell.replace("|", "\\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def _type(schema: Mapping) -> str:
+    """A JSON schema in words."""
+    if "anyOf" in schema:
+        kinds = [_type(kind) for kind in schema["anyOf"] if kind.get("type") != "null"]
+        return " or ".join(kinds)
+    if "$ref" in schema:
+        return "block"
+    if values := schema.get("enum") or ([schema["const"]] if "const" in schema else None):
+        return ", ".join(f"`{value}`" for value in values)
+    if schema["type"] == "array":
+        item = schema["items"]
+        return "list of " + ("entries" if "$ref" in item else _type(item) + "s")
+    words = {"number": "number", "integer": "integer", "string": "text", "boolean": "true/false"}
+    return words[schema["type"]] + _bounds(schema)
+
+
+def _bounds(schema: Mapping) -> str:
+    signs = {"exclusiveMinimum": ">", "minimum": "≥", "exclusiveMaximum": "<", "maximum": "≤"}
+    limits = [f"{sign} {schema[key]:g}" for key, sign in signs.items() if key in schema]
+    return " " + ", ".join(limits) if limits else ""
+
+
+def _default(field: Any) -> str:
+    if field.is_required():
+        return "required"
+    if field.default is None or field.default == ():
+        return "—"
+    if hasattr(type(field.default), "model_fields"):
+        return "see below"
+    value = field.default
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
+
+
+if __name__ == "__main__":
+    print(render(), end="")

@@ -1,0 +1,134 @@
+"""Finds every mistake that can be known without loading weights, all at once."""
+
+import difflib
+import os
+from collections.abc import Iterable, Iterator
+
+from mergekit.options import MergeOptions
+
+from mergekit_dam.check.estimate import Estimate, estimate
+from mergekit_dam.check.headers import HeaderShapes
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import Recipe, Settings
+from mergekit_dam.config.recipe import match_reference
+from mergekit_dam.data import is_local
+from mergekit_dam.errors import DamError
+from mergekit_dam.plan import Plan, plan_merge, source_models
+from mergekit_dam.sources import match
+
+
+def check(
+    recipe: Recipe,
+    options: MergeOptions,
+    *,
+    coefficients: str | None,
+    will_fit: bool,
+    will_merge: bool,
+) -> Estimate | None:
+    """Raise one DamError that lists all mistakes; else what the fit needs (None without a fit).
+
+    `coefficients` is the file that the fit writes (`will_fit`) or the merge reads
+    (`will_merge`); with both it is compared with the config where it exists already.
+    """
+    problems = list(recipe.problems)
+    settings = recipe.settings
+    if coefficients is None:
+        problems.append(
+            "`parameters.coefficients` is missing: it is the path of the file that the fit "
+            "writes and the merge reads"
+        )
+    if will_fit:
+        problems += _collect(_fit_problems(recipe))
+    try:
+        plan = plan_merge(recipe.merge, options, settings.formula if settings else "weights")
+    except DamError as error:
+        raise DamError(_listed(recipe.path, [*problems, error.message])) from error
+    shapes = HeaderShapes(plan)
+    problems += shapes.problems()
+    if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
+        problems += _collect(_file_problems(coefficients, settings, plan, shapes))
+    result = None
+    if will_fit and not problems:
+        result = estimate(plan, settings, shapes)
+    if problems:
+        raise DamError(_listed(recipe.path, problems))
+    return result
+
+
+def _listed(path: str, problems: list[str]) -> str:
+    problems = [problem.rstrip(".") + "." for problem in dict.fromkeys(problems)]
+    if len(problems) == 1:
+        return f"{path}: {problems[0]}"
+    return f"{path} has {len(problems)} mistakes:\n" + "\n".join(f"  - {p}" for p in problems)
+
+
+def _collect(problems: Iterator[str]) -> Iterator[str]:
+    """Up to the first that ends the search, which is the last one."""
+    try:
+        yield from problems
+    except DamError as error:
+        yield error.message
+
+
+def _fit_problems(recipe: Recipe) -> Iterator[str]:
+    settings = recipe.settings
+    if settings is None:
+        if not recipe.problems:
+            yield (
+                "there is no `dam:` block: add one with `data`, one entry for each source "
+                "(docs/config.md has all keys)"
+            )
+        return
+    models = source_models(recipe.merge, settings.formula)
+    found = []
+    for index, entry in enumerate(settings.data):
+        model = match_reference(entry.source, models)
+        if model is None:
+            yield _unknown_source(f"dam.data.{index}.source", entry.source, map(str, models))
+        elif model in found:
+            yield f"`dam.data.{index}` is a second entry for the source {model}: keep one"
+        found.append(model)
+        if is_local(entry.path) and not os.path.exists(entry.path):
+            yield f"`dam.data.{index}.path`: the data file {entry.path} does not exist"
+    for model in models:
+        if model not in found:
+            yield f"`dam.data` has no entry for the source {model}: add one"
+
+
+def _unknown_source(where: str, name: str, models: Iterable[str]) -> str:
+    models = list(models)
+    nearest = difflib.get_close_matches(name, models, n=1, cutoff=0.5)
+    hint = f", did you mean {nearest[0]}?" if nearest else f": they are {', '.join(models)}"
+    return f"`{where}` is {name}, which is none of the sources{hint}"
+
+
+def _file_problems(
+    path: str, settings: Settings | None, plan: Plan, shapes: HeaderShapes
+) -> Iterator[str]:
+    """A coefficient file against the plan of the merge that shall read it."""
+    file = CoefficientFile(path)
+    if settings and settings.formula != file.header.formula:
+        yield (
+            f"{path} was fitted with `formula: {file.header.formula}`, not "
+            f"{settings.formula}: fit it again"
+        )
+    rows = match(file.header.sources, plan.sources)
+    for model, row in zip(plan.sources, rows, strict=True):
+        if row is None and model != plan.base:
+            fitted = ", ".join(source.reference for source in file.header.sources)
+            yield (
+                f"{path} was fitted for the sources {fitted}; {model} is not one of them, or has "
+                "changed since: fit the coefficients again"
+            )
+    for row, source in enumerate(file.header.sources):
+        if row not in rows:
+            yield f"{path} was fitted for {source.reference}, which is not among the models"
+    expected = set(shapes.names())
+    for name in sorted(expected - file.names)[:3]:
+        yield f"{path} has no coefficients for the tensor {name}: fit them with this config"
+    for name in sorted(file.names - set(plan.tensors))[:3]:
+        yield f"{path} has coefficients for {name}, which this merge does not write: fit them again"
+    for name in sorted(expected & file.names):
+        file.get(name)
+        if (shape := shapes.shape(name)) is not None:
+            file.check_shape(name, shape)

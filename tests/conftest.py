@@ -1,0 +1,49 @@
+"""Fixtures shared by the tests: recipes over tiny checkpoints."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before anything imports transformers or datasets: the tests never ask the Hub.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config, its data and its models' names; returns the path of the YAML."""
+
+    def write(models: list[Path], *, rows: int = 24, dam: dict | None = None, **keys) -> Path:
+        data = [
+            {
+                "source": str(model),
+                "path": str(
+                    tiny.write_jsonl(
+                        tmp_path / f"data{index}.jsonl",
+                        [{"text": text} for text in tiny.sentences(rows, seed=index)],
+                    )
+                ),
+            }
+            for index, model in enumerate(models)
+        ]
+        document = {
+            "merge_method": "dam",
+            "models": [{"model": str(model)} for model in models],
+            "parameters": {"coefficients": str(tmp_path / "dam.safetensors")},
+            "dtype": "float32",
+            "dam": {"data": data, "steps": 3, "batch_size": 2, "held_out": 0.2, **(dam or {})},
+            **keys,
+        }
+        path = tmp_path / "config.yml"
+        path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+        return path
+
+    return write

@@ -1,0 +1,349 @@
+"""From files to token ids: columns, conversations, lengths, held-out rows, batches."""
+
+import csv
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import tiny
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mergekit_dam.config import DataSettings, Settings
+from mergekit_dam.data import Row, SourceData, StepRows, batch, collate, is_local, load_rows
+from mergekit_dam.errors import DamError
+
+BOS, EOS = 1, 2
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{{ m.role[:1] }}={{ m.content }}{{ eos_token }}"
+    "{% endfor %}"
+)
+Load = Callable[..., SourceData]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PreTrainedTokenizerBase]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    tiny.save_tokenizer(folder / "plain")
+    tiny.save_tokenizer(folder / "chat", TEMPLATE)
+    return {name: AutoTokenizer.from_pretrained(folder / name) for name in ("plain", "chat")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Data sets are cached here, not in the user's home."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder)
+        yield
+
+
+@pytest.fixture
+def load(tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path) -> Load:
+    """Loads rows that it writes as jsonl, or a path, with the entry's and the fit's settings."""
+
+    def run(
+        rows: list[dict] | Path, *, chat: bool = False, fit: dict | None = None, **entry: Any
+    ) -> SourceData:
+        path = rows if isinstance(rows, Path) else tiny.write_jsonl(tmp_path / "d.jsonl", rows)
+        data = DataSettings(source="./m0", path=str(path), **entry)
+        settings = Settings(data=(data,), **(fit or {}))
+        source = tokenizers["chat" if chat else "plain"]
+        return load_rows(data, settings, tokenizers["plain"], source)
+
+    return run
+
+
+def ids(text: str) -> Row:
+    """Token ids of plain characters."""
+    return [len(tiny.SPECIAL) + tiny.LETTERS.index(letter) for letter in text]
+
+
+def every(data: SourceData) -> list[Row]:
+    """All rows, without their order."""
+    return sorted([*data.train, *data.held_out])
+
+
+def texts(count: int = 20) -> list[dict]:
+    return [{"text": text} for text in tiny.sentences(count, seed=1)]
+
+
+# ---- columns
+
+
+def test_text_is_tokenised_with_the_tokenizers_special_tokens(load: Load) -> None:
+    data = load([{"text": "ab"}, {"text": "abc"}])
+    assert every(data) == [[BOS, *ids("ab")], [BOS, *ids("abc")]]
+
+
+def test_text_may_have_another_name(load: Load) -> None:
+    data = load([{"content": "ab", "text": "no"}, {"content": "cd", "text": "no"}], text="content")
+    assert every(data) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_named_column_goes_before_all_others(load: Load, chat: bool) -> None:
+    row = {"prompt": "a=", "completion": "b", "messages": [], "text": "no", "code": "cd"}
+    assert every(load([row] * 2, chat=chat, text="code")) == [[BOS, *ids("cd")]] * 2
+
+
+def test_a_missing_column_is_named_with_those_there_are(load: Load) -> None:
+    with pytest.raises(DamError, match=r"the column 'text' \(its columns are code, language\)"):
+        load([{"code": "a", "language": "b"}] * 2)
+
+
+def test_a_column_without_text_is_refused(load: Load) -> None:
+    with pytest.raises(DamError, match="a row without text in the column 'text'"):
+        load([{"text": 3}, {"text": 4}])
+
+
+def test_prompt_and_completion_are_joined_and_ended(load: Load) -> None:
+    data = load([{"prompt": "a=", "completion": "b"}, {"prompt": "c=", "completion": "d"}])
+    assert every(data) == [[BOS, *ids("a=b"), EOS], [BOS, *ids("c=d"), EOS]]
+
+
+def test_an_end_that_is_there_is_not_doubled(load: Load) -> None:
+    data = load([{"prompt": "a=", "completion": "b<eos>"}] * 2)
+    assert every(data) == [[BOS, *ids("a=b"), EOS]] * 2
+
+
+def test_prompt_and_completion_go_through_the_sources_chat_template(load: Load) -> None:
+    data = load([{"prompt": "a", "completion": "b"}] * 2, chat=True)
+    assert every(data) == [[BOS, *ids("u=a"), EOS, *ids("a=b"), EOS]] * 2
+
+
+def test_messages_are_rendered_with_the_template_and_no_second_start(load: Load) -> None:
+    conversation = [
+        {"role": "system", "content": "x"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    data = load([{"messages": conversation}] * 2, chat=True)
+    assert every(data) == [[BOS, *ids("s=x"), EOS, *ids("u=a"), EOS, *ids("a=b"), EOS]] * 2
+
+
+def test_conversations_as_prompt_and_completion(load: Load) -> None:
+    prompt = [{"role": "user", "content": "a"}]
+    completion = [{"role": "assistant", "content": "b"}]
+    data = load([{"prompt": prompt, "completion": completion}] * 2, chat=True)
+    assert every(data) == [[BOS, *ids("u=a"), EOS, *ids("a=b"), EOS]] * 2
+
+
+def test_plain_text_stays_plain_where_there_is_a_template(load: Load) -> None:
+    assert every(load([{"text": "ab"}] * 2, chat=True)) == [[BOS, *ids("ab")]] * 2
+
+
+def test_conversations_without_a_template_are_refused(load: Load) -> None:
+    with pytest.raises(DamError, match=r"the source \./m0 has no chat template"):
+        load([{"messages": [{"role": "user", "content": "a"}]}] * 2)
+
+
+def test_a_conversation_that_does_not_fit_the_template_is_refused(
+    load: Load, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strict = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(tokenizers["chat"], "chat_template", strict)
+    with pytest.raises(DamError, match=r"does not fit the chat template.*must alternate"):
+        load([{"messages": [{"role": "user", "content": "a"}]}] * 2, chat=True)
+
+
+def test_rows_of_several_kinds_are_each_read_as_what_they_are(load: Load) -> None:
+    """A file's missing columns come as None, which is no text."""
+    data = load([{"prompt": "a=", "completion": "b"}, {"text": "ab"}])
+    assert every(data) == [[BOS, *ids("ab")], [BOS, *ids("a=b"), EOS]]
+
+
+def test_an_empty_completion_is_no_text_of_its_own(load: Load) -> None:
+    assert every(load([{"prompt": "ab", "completion": ""}] * 2)) == [[BOS, *ids("ab"), EOS]] * 2
+
+
+# ---- lengths and numbers of rows
+
+
+def test_rows_are_cut_to_max_length(load: Load) -> None:
+    rows = [{"text": "abcdefgh"}, {"text": "ab"}]
+    assert every(load(rows, fit={"max_length": 4})) == [[BOS, *ids("ab")], [BOS, *ids("abc")]]
+    assert every(load(rows, fit={"max_length": 9}, max_length=2)) == [[BOS, *ids("a")]] * 2
+
+
+def test_conversations_and_completions_are_cut_too(load: Load) -> None:
+    rows = [{"prompt": "abc", "completion": "def"}] * 2
+    assert every(load(rows, max_length=4)) == [[BOS, *ids("abc")]] * 2
+    assert every(load(rows, max_length=4, chat=True)) == [[BOS, *ids("u=a")]] * 2
+
+
+def test_examples_says_how_many_rows_are_used(load: Load) -> None:
+    assert len(every(load(texts(20), fit={"examples": 8}))) == 8
+    assert len(every(load(texts(20), fit={"examples": 8}, examples=5))) == 5
+    assert len(every(load(texts(20), examples=500))) == 20
+
+
+def test_rows_that_predict_nothing_are_left_out(load: Load) -> None:
+    data = load([{"text": ""}, {"text": "ab"}, {"text": ""}, {"text": "cd"}])
+    assert every(data) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+
+
+def test_data_with_no_usable_row_are_refused(load: Load) -> None:
+    with pytest.raises(DamError, match=r"d\.jsonl \(split train\) has no row of two tokens"):
+        load([{"text": ""}] * 3)
+
+
+# ---- held-out rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "held_out"), [(20, 0.05, 1), (20, 0.25, 5), (10, 0.01, 1), (2, 0.9, 1)]
+)
+def test_a_share_of_the_rows_is_held_out(
+    load: Load, rows: int, share: float, held_out: int
+) -> None:
+    data = load(texts(rows), fit={"held_out": share})
+    assert (len(data.train), len(data.held_out)) == (rows - held_out, held_out)
+
+
+def test_an_entrys_share_goes_first(load: Load) -> None:
+    assert len(load(texts(20), fit={"held_out": 0.1}, held_out=0.5).held_out) == 10
+
+
+def test_no_row_is_both_trained_and_held_out(load: Load) -> None:
+    rows = texts(20)
+    data = load(rows, held_out=0.3)
+    expected = sorted([BOS, *ids(row["text"])] for row in rows)
+    assert len({tuple(row) for row in expected}) == 20
+    assert every(data) == expected
+
+
+def test_held_out_rows_are_not_the_files_first(load: Load) -> None:
+    rows = texts(20)
+    first = sorted([BOS, *ids(row["text"])] for row in rows[:10])
+    assert sorted(load(rows, held_out=0.5).held_out) != first
+
+
+def test_one_row_cannot_be_shared(load: Load) -> None:
+    with pytest.raises(DamError, match="one row only"):
+        load([{"text": "ab"}])
+
+
+def test_a_named_split_is_held_out(load: Load, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    tiny.write_jsonl(folder / "train.jsonl", [{"text": "ab"}, {"text": "cd"}])
+    tiny.write_jsonl(folder / "validation.jsonl", [{"text": "ef"}])
+    data = load(folder, held_out="validation")
+    assert sorted(data.train) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+    assert data.held_out == [[BOS, *ids("ef")]]
+
+
+def test_a_slice_of_a_split(load: Load) -> None:
+    data = load(texts(20), split="train[:50%]", held_out="train[50%:75%]")
+    assert (len(data.train), len(data.held_out)) == (10, 5)
+
+
+def test_a_split_that_is_not_there_is_named(load: Load) -> None:
+    with pytest.raises(DamError, match=r"\(split tset\) of the source \./m0 cannot be read: "):
+        load(texts(4), split="tset")
+
+
+# ---- seeds
+
+
+def test_the_same_seed_gives_the_same_rows_in_the_same_order(load: Load) -> None:
+    first, again = (load(texts(), fit={"seed": 3}, examples=10) for _ in range(2))
+    assert first == again
+    assert first.digest() == again.digest()
+
+
+def test_another_seed_gives_others(load: Load) -> None:
+    first, other = (load(texts(), fit={"seed": seed}, examples=10) for seed in (3, 4))
+    assert every(first) != every(other)
+    assert first.digest() != other.digest()
+
+
+def test_the_digest_tells_train_from_held_out() -> None:
+    a, b = [[1, 2]], [[3, 4]]
+    assert SourceData(a, b).digest() != SourceData(b, a).digest()
+
+
+# ---- formats
+
+
+def write_csv(path: Path, values: list[str]) -> None:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *[[value] for value in values]])
+
+
+WRITERS: dict[str, Callable[[Path, list[str]], Any]] = {
+    "jsonl": lambda path, values: tiny.write_jsonl(path, [{"text": v} for v in values]),
+    "json": lambda path, values: tiny.write_jsonl(path, [{"text": v} for v in values]),
+    "csv": write_csv,
+    "txt": lambda path, values: path.write_text("\n".join(values)),
+    "parquet": lambda path, values: datasets.Dataset.from_dict({"text": values}).to_parquet(path),
+}
+
+
+@pytest.mark.parametrize("ending", WRITERS)
+def test_every_format_gives_the_same_rows(load: Load, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data.{ending}"
+    WRITERS[ending](path, ["ab", "cd", "ef"])
+    assert every(load(path)) == [[BOS, *ids(text)] for text in ("ab", "cd", "ef")]
+
+
+def test_an_unknown_ending_is_refused(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "data.xyz").write_text("ab")
+    with pytest.raises(DamError, match=r"data\.xyz has an ending that says nothing.*parquet"):
+        load(tmp_path / "data.xyz")
+
+
+def test_a_missing_file_is_named(load: Load, tmp_path: Path) -> None:
+    with pytest.raises(DamError, match=r"The data file .*gone\.jsonl of the source \./m0 does not"):
+        load(tmp_path / "gone.jsonl")
+
+
+def test_a_damaged_file_is_named_in_one_sentence(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "ab"\n{"text"')
+    with pytest.raises(DamError, match=r"data\.jsonl \(split train\).*cannot be read") as caught:
+        load(tmp_path / "data.jsonl")
+    assert "\n" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("./data", True),
+        ("../data", True),
+        ("/data", True),
+        ("~/data", True),
+        ("math.jsonl", True),
+        ("data.CSV", True),
+        ("org/name", False),
+        ("name", False),
+    ],
+)
+def test_what_is_a_file_and_what_a_name_on_the_hub(path: str, local: bool) -> None:
+    assert is_local(path) == local
+
+
+# ---- batches
+
+
+def test_a_batch_is_padded_to_its_own_longest() -> None:
+    result = batch([[5, 6, 7], [8], [9, 4]], [0, 0, 1])
+    assert result["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 4, 0]]
+    assert result["lengths"].tolist() == [3, 1, 2]
+    assert result["sources"].tolist() == [0, 0, 1]
+    assert {tensor.dtype for tensor in result.values()} == {torch.int64}
+
+
+def test_collate_puts_source_after_source() -> None:
+    items = [[[1, 11], [2, 22, 222]], [[1, 12], [2, 23]]]  # two items of two sources
+    result = collate(items)
+    assert result["sources"].tolist() == [0, 0, 1, 1]
+    assert result["lengths"].tolist() == [2, 2, 3, 2]
+    assert result["input_ids"].tolist() == [[1, 11, 0], [1, 12, 0], [2, 22, 222], [2, 23, 0]]
+
+
+def test_an_item_has_a_row_of_every_source_and_short_ones_begin_again() -> None:
+    rows = StepRows([SourceData([[1], [2], [3]], []), SourceData([[7], [8]], [[9]])])
+    assert [rows[index] for index in range(len(rows))] == [[[1], [7]], [[2], [8]], [[3], [7]]]

@@ -1,0 +1,228 @@
+"""The fit: what it changes, that it is reproducible, and that it survives being killed."""
+
+import itertools
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from commands import SCRIPTS, refusal, run
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import read_recipe
+from mergekit_dam.config.settings import Objective
+from mergekit_dam.data import batch
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.stage import prepare
+
+QUIET = MergeOptions(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 3)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_fit_changes_the_coefficients_and_nothing_else(recipe, models, tmp_path):
+    before = [contents(folder) for folder in models]
+    path = str(recipe(models))
+    start = prepare(read_recipe(path), QUIET, device="cpu").merged.coefficients()
+    fit(read_recipe(path), str(tmp_path / "out.safetensors"), QUIET, device="cpu")
+    file = CoefficientFile(tmp_path / "out.safetensors")
+    assert file.names == set(start)
+    for name, coefficient in start.items():
+        assert not torch.equal(file.get(name), coefficient.detach()), name
+    assert [contents(folder) for folder in models] == before
+
+
+def test_a_kind_left_out_keeps_its_start(recipe, models, tmp_path):
+    path = recipe(models, dam={"train": {"norm": False}})
+    fit(read_recipe(str(path)), str(tmp_path / "out.safetensors"), QUIET, device="cpu")
+    file = CoefficientFile(tmp_path / "out.safetensors")
+    assert torch.equal(file.get("model.norm.weight"), torch.full((3, 16), 1 / 3))
+
+
+def test_the_fit_lowers_the_held_out_divergence(recipe, models, tmp_path):
+    path = recipe(models, rows=60, dam={"steps": 40, "learning_rate": 0.02})
+    header = fit(read_recipe(str(path)), str(tmp_path / "o.safetensors"), QUIET, device="cpu")
+    kl = {key: sum(f["kl"] for f in header.results[key]) for key in ("average", "fit")}
+    assert kl["fit"] < 0.9 * kl["average"]
+
+
+def test_held_out_figures_are_means_over_all_predicted_tokens(recipe, models):
+    fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu")
+    held_out = [source.held_out for source in fitted.data]
+    for number, (figures, rows) in enumerate(
+        zip(evaluate(fitted.merged, held_out, 3), held_out, strict=True)
+    ):
+        source = tiny.load(models[number])
+        kl, nll, tokens = 0.0, 0.0, 0
+        for row in rows:
+            ids = torch.tensor([row])
+            p = source(ids).logits[0, :-1].log_softmax(-1)
+            q = fitted.merged(ids)[0, :-1].log_softmax(-1)
+            kl += (p.exp() * (p - q)).sum().item()
+            nll -= p.gather(1, ids[0, 1:, None]).sum().item()
+            tokens += len(row) - 1
+        assert figures.tokens == tokens
+        assert figures.kl == pytest.approx(kl / tokens, rel=1e-4)
+        assert torch.tensor(figures.source_perplexity).log().item() == pytest.approx(
+            nll / tokens, rel=1e-4
+        )
+
+
+@pytest.fixture
+def distillation(recipe, models) -> Distillation:
+    fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu")
+    return Distillation(fitted.merged, Objective())
+
+
+ROWS = [[1, 5, 6, 7], [1, 9, 8], [1, 4, 4, 12, 13, 14]]
+
+
+def test_loss_is_the_sum_over_sources_of_a_mean_over_tokens(distillation):
+    terms = distillation(**batch(ROWS, [0, 1, 2]))
+    alone = [distillation(**batch([row], [n])) for n, row in enumerate(ROWS)]
+    expected = sum(a["loss"] - 0.01 * a["similarity"] for a in alone) + 0.01 * terms["similarity"]
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+def test_a_batch_of_copies_has_the_loss_of_one(distillation):
+    once = distillation(**batch(ROWS, [0, 1, 2]))["loss"]
+    twice = distillation(**batch([*ROWS, *ROWS], [0, 1, 2] * 2))["loss"]
+    torch.testing.assert_close(once, twice)
+
+
+def test_what_stands_in_the_padding_is_irrelevant(distillation):
+    inputs = batch(ROWS, [0, 1, 2])
+    loss = distillation(**inputs)["loss"]
+    other = inputs["input_ids"].clone()
+    for row, length in enumerate(inputs["lengths"]):
+        other[row, length:] = 11
+    torch.testing.assert_close(distillation(**{**inputs, "input_ids": other})["loss"], loss)
+
+
+@pytest.mark.parametrize(
+    "term",
+    ["reverse_kl", "jsd", "mse", "entropy", "l1", "l2", "overlap", "weighted_overlap"],
+)
+def test_every_alternative_term_reaches_the_loss(recipe, models, term):
+    fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu")
+    plain = Distillation(fitted.merged, Objective())(**batch(ROWS, [0, 1, 2]))["loss"]
+    objective = Objective(**{term: 0.5})
+    terms = Distillation(fitted.merged, objective)(**batch(ROWS, [0, 1, 2]))
+    added = sum(value for name, value in terms.items() if name.startswith(term))
+    torch.testing.assert_close(terms["loss"], plain + 0.5 * added)
+    assert added != 0
+
+
+def test_the_same_config_and_seed_give_the_same_bytes(recipe, models, tmp_path):
+    path = recipe(models)
+    for name in ("a", "b"):
+        run("mergekit-dam", "fit", path, "--out", tmp_path / name, "--quiet", "--device", "cpu")
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_another_seed_gives_other_coefficients(recipe, models, tmp_path):
+    files = []
+    for seed in (1, 2):
+        out = tmp_path / f"{seed}.safetensors"
+        fit(read_recipe(str(recipe(models, dam={"seed": seed}))), str(out), QUIET, device="cpu")
+        files.append(CoefficientFile(out).get("model.norm.weight"))
+    assert not torch.equal(*files)
+
+
+def kill_when(command: list[str], is_time) -> None:
+    """Start a fit and kill it, without any warning, at a moment of the test's choice."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        for _ in itertools.count():
+            if is_time() or process.poll() is not None:
+                break
+            time.sleep(0.01)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+
+
+def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
+    path = recipe(models, dam={"steps": 30, "checkpoint_every": 4, "accumulation": 2})
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
+    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--out", str(broken), "--quiet"]
+    folder = Path(f"{broken}.fit")
+    kill_when(command, lambda: (folder / "checkpoint-8").exists())
+    assert not broken.exists()
+    assert list(folder.glob("checkpoint-*"))
+    assert "--resume" in refusal(*command)  # rather than lose what was done
+    half = folder / "checkpoint-9999"  # as a killed writer would leave it
+    half.mkdir()
+    (half / "trainer_state.json").write_text("{")
+    run(*command, "--resume")
+    assert broken.read_bytes() == whole.read_bytes()
+    assert not folder.exists()
+    before = os.stat(broken).st_mtime_ns
+    run(*command, "--resume")  # is finished: nothing to do
+    assert os.stat(broken).st_mtime_ns == before
+
+
+def test_a_resumed_fit_refuses_other_settings(recipe, models, tmp_path):
+    out = tmp_path / "dam.safetensors"
+    path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
+    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
+    kill_when(command, lambda: (Path(f"{out}.fit") / "checkpoint-2/trainer_state.json").exists())
+    document = yaml.safe_load(path.read_text())
+    document["dam"]["learning_rate"] = 0.5
+    path.write_text(yaml.safe_dump(document))
+    assert "dam.learning_rate" in refusal(*command, "--resume")
+
+
+def test_a_fit_that_diverges_writes_nothing(recipe, models, tmp_path):
+    out = tmp_path / "dam.safetensors"
+    out.write_bytes(b"earlier work")
+    path = recipe(models, dam={"learning_rate": 1e30, "steps": 4, "warmup": 0.0})
+    assert "dam.learning_rate" in refusal("mergekit-dam", "fit", path)
+    assert out.read_bytes() == b"earlier work"
+
+
+def test_an_earlier_file_is_kept(recipe, models, tmp_path):
+    path, out = recipe(models), tmp_path / "dam.safetensors"
+    run("mergekit-dam", "fit", path, "--quiet")
+    earlier = out.read_bytes()
+    run("mergekit-dam", "fit", recipe(models, dam={"seed": 5}), "--quiet")
+    assert out.read_bytes() != earlier
+    assert (tmp_path / "dam.previous.safetensors").read_bytes() == earlier
+
+
+def test_steps_zero_writes_the_start(recipe, models, tmp_path):
+    path = recipe(models, dam={"steps": 0})
+    header = fit(read_recipe(str(path)), str(tmp_path / "o.safetensors"), QUIET, device="cpu")
+    assert header.results["average"] == header.results["fit"]
+
+
+def test_task_vectors_need_a_base(recipe, models):
+    path = recipe(models, dam={"formula": "task_vectors"})
+    assert "base_model" in refusal("mergekit-dam", "fit", path)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row", "tensor", "element"])
+def test_every_granularity_is_fitted_and_recorded(recipe, models, tmp_path, granularity):
+    out = tmp_path / "o.safetensors"
+    path = recipe(models, dam={"granularity": granularity})
+    fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+    file = CoefficientFile(out)
+    shapes = {"column": (1, 24), "row": (16, 1), "tensor": (1, 1), "element": (16, 24)}
+    assert file.header.granularity == granularity
+    assert file.shape("model.layers.0.mlp.down_proj.weight") == (3, *shapes[granularity])

@@ -1,0 +1,267 @@
+"""Merging with mergekit's own unmodified commands."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from commands import refusal, run
+from mergekit.merge_methods import merge_state_dicts
+from mergekit.options import MergeOptions
+from safetensors.torch import load_file
+
+from mergekit_dam.coefficients import CoefficientFile, save
+from mergekit_dam.config import read_recipe
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.stage import prepare
+
+QUIET = MergeOptions(quiet=True)
+
+
+def fitted(path: Path, tmp_path: Path) -> torch.Tensor:
+    """Fit a recipe and return the fit's own merged logits."""
+    recipe = read_recipe(str(path))
+    fit(recipe, recipe.coefficients, QUIET, device="cpu")
+    merged = prepare(recipe, QUIET, device="cpu").merged
+    file = CoefficientFile(recipe.coefficients)
+    with torch.no_grad():
+        for name, coefficient in merged.coefficients().items():
+            coefficient.copy_(file.get(name))
+        return merged(tiny.tokens())
+
+
+@pytest.mark.parametrize("architecture", tiny.CONFIGS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merged_logits_equal_the_fits(recipe, tmp_path, architecture, dtype):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS[architecture], 3, getattr(torch, dtype))
+    path = recipe(models, dtype=dtype)
+    logits = fitted(path, tmp_path)
+    run("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 3)
+
+
+@pytest.fixture
+def config(recipe, models, tmp_path) -> Path:
+    """A recipe whose coefficients are fitted."""
+    path = recipe(models)
+    fitted(path, tmp_path)
+    return path
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for file in folder.glob("model*.safetensors") for k, v in load_file(file).items()}
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_uniform_coefficients_give_mergekits_linear(recipe, models, tmp_path):
+    path = recipe(models, dam={"steps": 0})
+    run("mergekit-dam", "run", path, tmp_path / "dam", "--quiet")
+    document = yaml.safe_load(path.read_text())
+    document.update(merge_method="linear", parameters={"weight": 1.0})
+    path.write_text(yaml.safe_dump(document))
+    run("mergekit-yaml", path, tmp_path / "linear", "--quiet")
+    linear, ours = weights(tmp_path / "linear"), weights(tmp_path / "dam")
+    assert linear.keys() == ours.keys()
+    for name, tensor in linear.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
+
+
+def test_run_equals_fit_and_stock_merge_byte_for_byte(config, tmp_path):
+    run("mergekit-dam", "run", config, tmp_path / "run")
+    run("mergekit-yaml", config, tmp_path / "stock", "--quiet")
+    name = "model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "stock" / name).read_bytes()
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "arxiv.org/abs/2410.08371" in card
+    assert "| mean |" in card
+    copied = tmp_path / "run" / "dam.safetensors"
+    assert copied.read_bytes() == (tmp_path / "dam.safetensors").read_bytes()
+
+
+def test_merge_works_with_the_hook_switched_off(config, tmp_path):
+    run("mergekit-yaml", config, tmp_path / "stock", "--quiet")
+    off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    run("mergekit-yaml", config, tmp_path / "none", "--quiet", succeeds=False, **off)
+    run("mergekit-dam", "merge", config, tmp_path / "ours", "--quiet", **off)
+    assert same(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--lazy-unpickle", "--async-write", "--write-threads", "2"),
+        ("--low-cpu-memory", "--read-to-gpu", "--clone-tensors"),
+        ("--out-shard-size", "1K"),
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_mergekits_flags(config, tmp_path, flags):
+    run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
+    run("mergekit-yaml", config, tmp_path / "flags", "--quiet", *flags)
+    assert same(weights(tmp_path / "flags"), weights(tmp_path / "plain"))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("flags", [("--cuda",), ("--multi-gpu", "--cuda"), ("--gpu-rich",)])
+def test_merging_on_a_gpu(config, tmp_path, flags):
+    run("mergekit-yaml", config, tmp_path / "cpu", "--quiet")
+    run("mergekit-yaml", config, tmp_path / "gpu", "--quiet", *flags)
+    expected = weights(tmp_path / "cpu")
+    for name, tensor in weights(tmp_path / "gpu").items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_a_base_that_is_no_source_takes_no_part(recipe, models, tmp_path):
+    base = tiny.save_model(tmp_path / "base", tiny.CONFIGS["llama"], seed=99)
+    run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
+    path = recipe(models, base_model=str(base))
+    run("mergekit-dam", "run", path, tmp_path / "with", "--quiet")
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+def test_a_base_that_is_a_source_counts(recipe, models, tmp_path):
+    run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
+    path = recipe(models, base_model=str(models[0]))
+    run("mergekit-dam", "run", path, tmp_path / "with", "--quiet")
+    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
+
+
+def test_task_vectors_merge_as_they_were_fitted(recipe, models, tmp_path):
+    base = tiny.save_model(tmp_path / "base", tiny.CONFIGS["llama"], seed=99)
+    path = recipe(models, base_model=str(base), dam={"formula": "task_vectors"})
+    logits = fitted(path, tmp_path)
+    run("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+
+
+def test_moved_models_still_match(config, models, tmp_path):
+    run("mergekit-yaml", config, tmp_path / "before", "--quiet")
+    document = yaml.safe_load(config.read_text())
+    for number, folder in enumerate(models):
+        moved = tmp_path / f"elsewhere{number}"
+        moved.symlink_to(folder)
+        document["models"][number]["model"] = str(moved)
+    config.write_text(yaml.safe_dump(document))
+    run("mergekit-yaml", config, tmp_path / "after", "--quiet")
+    assert same(weights(tmp_path / "after"), weights(tmp_path / "before"))
+
+
+def test_mergekit_multi_and_pytorch(config, models, tmp_path):
+    run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
+    document = yaml.safe_load(config.read_text())
+    (tmp_path / "multi.yml").write_text(yaml.safe_dump({**document, "name": "first"}))
+    run("mergekit-multi", tmp_path / "multi.yml", "-I", tmp_path / "multi", "--quiet")
+    assert same(weights(tmp_path / "multi" / "first"), weights(tmp_path / "plain"))
+    raw = {
+        "merge_method": "dam",
+        "models": [{"model": str(folder / "model.safetensors")} for folder in models],
+        "parameters": document["parameters"],
+        "dtype": "float32",
+    }
+    (tmp_path / "raw.yml").write_text(yaml.safe_dump(raw))
+    run("mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "raw", "--quiet")
+    assert same(weights(tmp_path / "raw"), weights(tmp_path / "plain"))
+
+
+def test_mergekits_python_api(config, models, tmp_path):
+    run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
+    file = str(tmp_path / "dam.safetensors")
+    merged = merge_state_dicts(
+        [weights(folder) for folder in models], "dam", parameters={"coefficients": file}
+    )
+    assert same(merged, weights(tmp_path / "plain"))
+
+
+def test_an_existing_folder_is_not_overwritten(config, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    assert "--overwrite" in refusal("mergekit-dam", "run", config, out)
+    assert "--overwrite" in refusal("mergekit-dam", "merge", config, out)
+    assert (out / "precious").read_text() == "mine"
+    run("mergekit-dam", "merge", config, out, "--overwrite", "--quiet")
+    assert (out / "model.safetensors").exists()
+    assert not list(tmp_path.glob(".*partial*"))
+
+
+class TestRefusals:
+    """Each in one sentence with the remedy, by stock mergekit-yaml too."""
+
+    def test_no_coefficients(self, config, tmp_path):
+        document = yaml.safe_load(config.read_text())
+        del document["parameters"]
+        config.write_text(yaml.safe_dump(document))
+        assert "mergekit-dam fit" in refusal("mergekit-yaml", config, tmp_path / "out")
+
+    def test_file_missing(self, config, tmp_path):
+        (tmp_path / "dam.safetensors").unlink()
+        assert "mergekit-dam fit" in refusal("mergekit-yaml", config, tmp_path / "out")
+
+    def test_file_is_something_else(self, config, tmp_path):
+        (tmp_path / "dam.safetensors").write_text("hello")
+        message = refusal("mergekit-yaml", config, tmp_path / "out")
+        assert "is not a safetensors file" in message
+
+    def test_other_sources(self, config, tmp_path):
+        other = tiny.save_model(tmp_path / "other", tiny.CONFIGS["llama"], seed=50)
+        document = yaml.safe_load(config.read_text())
+        document["models"][1]["model"] = str(other)
+        config.write_text(yaml.safe_dump(document))
+        for command in ("mergekit-yaml", "mergekit-dam merge"):
+            message = refusal(*command.split(), config, tmp_path / "out")
+            assert str(other) in message
+            assert "fitted for" in message
+
+    def test_one_source_fewer(self, config, models, tmp_path):
+        document = yaml.safe_load(config.read_text())
+        del document["models"][2]
+        config.write_text(yaml.safe_dump(document))
+        for command in ("mergekit-yaml", "mergekit-dam merge"):
+            assert str(models[2]) in refusal(*command.split(), config, tmp_path / "out")
+
+    def test_missing_and_extra_tensors_and_wrong_shapes(self, config, tmp_path):
+        path = tmp_path / "dam.safetensors"
+        file = CoefficientFile(path)
+        good = {name: file.get(name) for name in file.names}
+        name = "model.norm.weight"
+        lacking = {key: value for key, value in good.items() if key != name}
+        save(path, lacking, file.header)
+        for command in ("mergekit-yaml", "mergekit-dam merge"):
+            assert name in refusal(*command.split(), config, tmp_path / "out")
+        save(path, {**good, "model.extra.weight": good[name].clone()}, file.header)
+        assert "model.extra.weight" in refusal("mergekit-dam", "merge", config, tmp_path / "out")
+        save(path, {**good, name: torch.ones(3, 7)}, file.header)
+        for command in ("mergekit-yaml", "mergekit-dam merge"):
+            assert "[7]" in refusal(*command.split(), config, tmp_path / "out")
+
+
+def test_an_optional_tensor_that_one_source_lacks(recipe, tmp_path):
+    """A source with a tied head among others: mergekit follows the tie."""
+    untied = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    tied = tiny.save_model(tmp_path / "tied", tiny.CONFIGS["llama_tied"], seed=5)
+    path = recipe([*untied, tied], base_model=str(untied[0]))
+    logits = fitted(path, tmp_path)
+    run("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+
+
+def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path):
+    recipe = read_recipe(str(config))
+    prepared = prepare(recipe, QUIET, device="cpu")
+    file = CoefficientFile(recipe.coefficients)
+    with torch.no_grad():
+        for name, coefficient in prepared.merged.coefficients().items():
+            coefficient.copy_(file.get(name))
+    held_out = [source.held_out for source in prepared.data]
+    figures = evaluate(prepared.merged, held_out, prepared.settings.batch_size)
+    assert [f.kl for f in figures] == [f["kl"] for f in file.header.results["fit"]]
