@@ -6,6 +6,7 @@ metadata entry `mergekit_dam` that holds the `Header` as JSON. See docs/file-for
 
 import functools
 import os
+import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -77,10 +78,20 @@ def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: He
             file.flush()
             os.fsync(file.fileno())
         if path.exists() and path.read_bytes() != data:
-            os.replace(path, path.with_suffix(".previous" + path.suffix))
+            _keep(path)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _keep(path: Path) -> None:
+    """A copy, so that at no moment the name is without a file."""
+    copy = path.with_name(f".{path.name}.kept-{os.getpid()}")
+    try:
+        shutil.copy2(path, copy)
+        os.replace(copy, path.with_suffix(".previous" + path.suffix))
+    finally:
+        copy.unlink(missing_ok=True)
 
 
 class CoefficientFile:

@@ -16,6 +16,7 @@ from mergekit.merge_methods.base import (
 )
 from torch import Tensor
 
+from mergekit_dam import plugin
 from mergekit_dam.coefficients import CoefficientFile, open_file
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine
@@ -114,3 +115,5 @@ def _rows(file: CoefficientFile, group: TensorGroup) -> dict[int, Tensor]:
 
 
 dam = DamMerge()
+
+plugin.autoload()  # for an import of this module that came before mergekit's registry

@@ -9,11 +9,13 @@ else of weight, and it never raises: an exception here would break `import torch
 Set TORCH_DEVICE_BACKEND_AUTOLOAD=0 to switch it off; `mergekit-dam merge` works without it.
 """
 
+import contextlib
 import importlib.util
 import sys
 import warnings
 
 REGISTRY = "mergekit.merge_methods.registry"
+METHOD = "mergekit_dam.method"
 
 
 def autoload() -> None:
@@ -30,6 +32,8 @@ def autoload() -> None:
 
 def _register(registry) -> None:
     """Add `dam` to mergekit's registry; a second registration would be an error there."""
+    if sys.modules.get(METHOD) is not None and not hasattr(sys.modules[METHOD], "dam"):
+        return  # it is being imported, has brought mergekit in, and ends with `autoload`
     from mergekit_dam.method import dam
 
     if dam.spec.name not in {method.spec.name for method in registry.registered_methods()}:
@@ -37,7 +41,9 @@ def _register(registry) -> None:
 
 
 def _warn(error: Exception) -> None:
-    warnings.warn(f"mergekit-dam could not register its merge method: {error!r}", stacklevel=3)
+    with contextlib.suppress(Warning):  # where warnings are errors, silence is the lesser evil
+        message = f"mergekit-dam could not register its merge method: {error!r}"
+        warnings.warn(message, stacklevel=3)
 
 
 class _RegistryFinder:

@@ -77,5 +77,4 @@ def _headers(model: ModelReference) -> dict[str, dict] | None:
         path = Path(index.base_path) / shard.filename
         with path.open("rb") as file:
             result |= read_header(file, path)
-    result.pop("__metadata__", None)
     return result

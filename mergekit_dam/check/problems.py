@@ -32,11 +32,7 @@ def check(
     """
     problems = list(recipe.problems)
     settings = recipe.settings
-    if coefficients is None:
-        problems.append(
-            "`parameters.coefficients` is missing: it is the path of the file that the fit "
-            "writes and the merge reads"
-        )
+    problems += _path_problems(recipe, coefficients)
     if will_fit:
         problems += _collect(_fit_problems(recipe))
     try:
@@ -56,7 +52,7 @@ def check(
 
 
 def _listed(path: str, problems: list[str]) -> str:
-    problems = [problem.rstrip(".") + "." for problem in dict.fromkeys(problems)]
+    problems = [p if p.endswith("?") else p.rstrip(".") + "." for p in dict.fromkeys(problems)]
     if len(problems) == 1:
         return f"{path}: {problems[0]}"
     return f"{path} has {len(problems)} mistakes:\n" + "\n".join(f"  - {p}" for p in problems)
@@ -68,6 +64,19 @@ def _collect(problems: Iterator[str]) -> Iterator[str]:
         yield from problems
     except DamError as error:
         yield error.message
+
+
+def _path_problems(recipe: Recipe, coefficients: str | None) -> Iterator[str]:
+    given = (recipe.merge.parameters or {}).get("coefficients")
+    if coefficients is None and given is None:
+        yield (
+            "`parameters.coefficients` is missing: it is the path of the file that the fit "
+            "writes and the merge reads"
+        )
+    elif coefficients is None:
+        yield f"`parameters.coefficients` is {given!r}, which is not the path of a file"
+    elif os.path.isdir(coefficients):
+        yield f"{coefficients} is a folder: the coefficients are one file, give its path"
 
 
 def _fit_problems(recipe: Recipe) -> Iterator[str]:

@@ -27,6 +27,7 @@ from mergekit_dam.config.settings import Settings
 from mergekit_dam.errors import DamError
 
 BLOCK = "dam"
+DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,10 @@ def read_recipe(path: str) -> Recipe:
     method = document.get("merge_method")
     if method != "dam":
         raise DamError(f"{path}: merge_method is {method!r}: set it to `dam`.")
-    problems = list(_unknown_keys(document))
+    if isinstance(document.get("parameters"), dict):  # a key without a value is no setting
+        kept = {k: v for k, v in document["parameters"].items() if v is not None}
+        document = {**document, "parameters": kept}
+    problems = [*_unknown_keys(document), *_wrong_dtypes(document)]
     merge = _parse(MergeConfiguration, _without_block(document), "", problems)
     settings = None
     if BLOCK in document:
@@ -77,24 +81,37 @@ def _parse(model: type, fields: Any, prefix: str, problems: list[str]) -> Any:
     try:
         return model.model_validate(fields)
     except pydantic.ValidationError as error:
-        problems.extend(_in_words(problem, model, prefix) for problem in error.errors())
+        found: dict[tuple, str] = {}  # a union reports once for each of its members
+        for problem in error.errors():
+            place = _place(problem, fields)
+            found.setdefault(place, _in_words(problem, place, model, prefix))
+        problems.extend(found.values())
     except (RuntimeError, ValueError) as error:  # mergekit's own validators raise these
         problems.append(str(error))
     return None
 
 
-def _in_words(problem: Mapping, model: type, prefix: str) -> str:
-    where = prefix + ".".join(map(str, problem["loc"]))
+def _place(problem: Mapping, fields: Any) -> tuple:
+    """Where the mistake is in the YAML: pydantic goes on with the names of types."""
+    place = ()
+    for part in problem["loc"]:
+        is_there = part in fields if isinstance(fields, Mapping) else isinstance(part, int)
+        if not is_there and problem["type"] != "missing":
+            break
+        place = (*place, part)
+        fields = fields[part] if is_there else None
+    return place
+
+
+def _in_words(problem: Mapping, place: tuple, model: type, prefix: str) -> str:
+    where = (prefix + ".".join(map(str, place))).rstrip(".")
     if problem["type"] == "extra_forbidden":
-        return unknown_key(where, _known_keys(model, problem["loc"]))
+        return unknown_key(where, _known_keys(model, place))
     if problem["type"] == "missing":
         return f"`{where}` is missing"
-    return f"`{where.rstrip('.')}` {problem['msg'].removeprefix('Value error, ')}" + _given(problem)
-
-
-def _given(problem: Mapping) -> str:
+    message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
     value = problem.get("input")
-    return "" if isinstance(value, Mapping) else f" (it is {value!r})"
+    return f"`{where}` {message}" + ("" if isinstance(value, Mapping) else f" (it is {value!r})")
 
 
 def _known_keys(model: type, location: Iterable) -> Iterable[str]:
@@ -131,6 +148,14 @@ def _unknown_keys(document: Mapping) -> Iterator[str]:
         yield from _unknown(module, OutputModuleDefinition.model_fields, where)
         yield from _unknown_parameters(_get(module, "parameters"), where + "parameters.")
         yield from _unknown_inputs(module, where)
+
+
+def _wrong_dtypes(document: Mapping) -> Iterator[str]:
+    """mergekit reads these names only when it loads the first tensor."""
+    for key in ("dtype", "out_dtype"):
+        name = document.get(key)
+        if name is not None and str(name).removeprefix("torch.") not in DTYPES:
+            yield f"`{key}` is {name!r}: choose one of {', '.join(DTYPES)}"
 
 
 def _unknown_inputs(parent: Any, where: str) -> Iterator[str]:

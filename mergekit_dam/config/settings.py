@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Block(pydantic.BaseModel, frozen=True, extra="forbid"):
+class _Block(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """A frozen part of the YAML that knows all its keys."""
 
 
@@ -135,8 +135,9 @@ class Settings(_Block):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _fill_preset(cls, fields: Any) -> Any:
-        if isinstance(fields, dict) and fields.get("preset") in PRESETS:
-            preset = dict(PRESETS[fields["preset"]])
+        name = fields.get("preset") if isinstance(fields, dict) else None
+        if isinstance(name, str) and name in PRESETS:
+            preset = dict(PRESETS[name])
             if fields.get("steps") is not None:
                 preset.pop("epochs", None)
             given = fields.get("objective")
@@ -151,6 +152,13 @@ class Settings(_Block):
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
         return self
+
+    @pydantic.field_validator("train")
+    @classmethod
+    def _some_kind(cls, train: Train) -> Train:
+        if not any(value for _, value in train):
+            raise ValueError("leaves no kind of tensor to train: switch one on")
+        return train
 
     @property
     def max_steps(self) -> int:
