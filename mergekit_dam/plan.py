@@ -8,22 +8,22 @@ followed. Fitting on the plan is what makes `dam` compose with all that mergekit
 import copy
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from mergekit.architecture import get_architecture_info
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
-from mergekit.graph import Executor, Task
+from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
 from mergekit.merge import _model_out_config, _update_config_vocab
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
-from mergekit.tokenizer import BuildTokenizer
+from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
@@ -43,6 +43,19 @@ class OutputTensor:
 
 
 @dataclass(frozen=True)
+class Vocabulary:
+    """How the merge's tokens are made of the sources' tokens."""
+
+    task: BuildTokenizer
+    info: TokenizerInfo
+    size: int  # rows of the merged embedding, padding included
+
+    def known(self, source: ModelReference) -> Tensor | None:
+        known = [new for new, old in self.info.permutations[source].items() if old >= 0]
+        return None if len(known) == self.size else torch.tensor(sorted(known))
+
+
+@dataclass(frozen=True)
 class Plan:
     """A merge, planned by mergekit and not executed."""
 
@@ -51,12 +64,35 @@ class Plan:
     base: ModelReference | None  # of task vectors
     model_config: PretrainedConfig  # the merged model's config.json
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: "Vocabulary | None"  # where the merge aligns the sources' vocabularies
     options: MergeOptions
+
+    def is_whole(self, source: ModelReference) -> bool:
+        """Whether the merge has the source's own layers, each in its own place: then the merged
+        model's skeleton with the source's tensors is the source."""
+        own = source.config(self.options.trust_remote_code).get_text_config()
+        merged = self.model_config.get_text_config()
+        return own.num_hidden_layers == merged.num_hidden_layers and all(
+            source in output.inputs and output.name in output.inputs[source]
+            for output in self.tensors.values()
+        )
+
+    def known_tokens(self, source: ModelReference) -> Tensor | None:
+        """The merge's token ids that a source knows, ascending; None where it knows all."""
+        if self.vocabulary is None:
+            return None
+        return self.vocabulary.known(source)
 
     def load(self, names: Iterable[str]) -> Iterator[tuple[str, dict[ModelReference, Tensor]]]:
         """The inputs of some output tensors, on the CPU, in mergekit's order of reading."""
         by_task: dict[Task, str] = {self.tensors[name].gather: name for name in names}
-        executor = Executor(list(by_task), math_device="cpu", storage_device="cpu")
+        universe = TaskUniverse(by_task)
+        cached = {}
+        if self.vocabulary and (handle := universe.get_handle(self.vocabulary.task)):
+            # Built once: the order of the tokens that a union adds differs from call to call.
+            cached[handle] = self.vocabulary.info
+        targets = [universe.get_handle(task) for task in by_task]
+        executor = Executor(targets, "cpu", "cpu", cached_values=cached)
         for task, inputs in executor.run(quiet=self.options.quiet, desc="Reading sources"):
             yield by_task[task], inputs
 
@@ -69,6 +105,7 @@ def plan_merge(merge: MergeConfiguration, options: MergeOptions, formula: Formul
     merge = copy.deepcopy(merge)
     merge.parameters = {**(merge.parameters or {}), "coefficients": TO_BE_FITTED}
     sources = source_models(merge, formula)
+    options = with_lora_cache(options, merge.referenced_models())
     LoaderCache().setup(options=options)
     for model in merge.referenced_models():
         _require_model(model, options)
@@ -82,18 +119,57 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
     architecture = get_architecture_info(merge, options)
     config = _model_out_config(merge, architecture, options.trust_remote_code)
     tasks = MergePlanner(merge, architecture, options, config).plan_to_disk(out_path="")
-    tokenizer = _tokenizer(merge, options, tasks)
-    if any(isinstance(task, BuildTokenizer) for task in tasks):
+    vocabulary = _vocabulary(merge, tasks)
+    if vocabulary is not None:
         padding = merge.tokenizer.pad_to_multiple_of if merge.tokenizer else None
+        tokenizer = vocabulary.info.tokenizer
         _update_config_vocab(config, architecture, tokenizer, pad_to_multiple_of=padding)
+    else:
+        tokenizer = load_tokenizer(merge.base_model or sources[0], options)
     return Plan(
         tensors={task.tensor_name: _output(task) for task in tasks if isinstance(task, SaveTensor)},
         sources=sources,
         base=merge.base_model,
         model_config=config,
         tokenizer=tokenizer,
+        vocabulary=vocabulary,
         options=options,
     )
+
+
+def plan_source(plan: Plan, source: ModelReference, merge: MergeConfiguration) -> Plan:
+    """One source as it is, with its own layers, in the merge's dtype and over its vocabulary.
+
+    A token that the source lacks gets no embedding here; it takes no part in the source's loss.
+    """
+    alone = MergeConfiguration(
+        merge_method="dam", models=[{"model": source}], dtype=merge.dtype, out_dtype=merge.out_dtype
+    )
+    own = plan_merge(alone, plan.options, "weights")
+    if plan.vocabulary is None:
+        return own
+    aligned = {
+        name: _over_vocabulary(output, plan.vocabulary, merge)
+        if output.vocabulary_axis is not None
+        else output
+        for name, output in own.tensors.items()
+    }
+    own.model_config.get_text_config().vocab_size = plan.vocabulary.size
+    return replace(own, tensors=aligned, vocabulary=plan.vocabulary, tokenizer=plan.tokenizer)
+
+
+def _over_vocabulary(
+    output: OutputTensor, vocabulary: Vocabulary, merge: MergeConfiguration
+) -> OutputTensor:
+    permuted = PermutedVocabulary(
+        gather_tensors=output.gather,
+        tokenizer_task=vocabulary.task,
+        tokens=None,
+        pad_to_multiple_of=merge.tokenizer.pad_to_multiple_of if merge.tokenizer else None,
+        base_model=None,
+        vocabulary_axis=output.vocabulary_axis,
+    )
+    return replace(output, gather=permuted, is_aligned=True)
 
 
 def _output(save: SaveTensor) -> OutputTensor:
@@ -146,14 +222,15 @@ def _require_model(model: ModelReference, options: MergeOptions) -> None:
         ) from error
 
 
-def _tokenizer(merge: MergeConfiguration, options: MergeOptions, tasks) -> Any:
-    """The merged model's tokenizer: built by mergekit, or the donor's that it would copy."""
+def _vocabulary(merge: MergeConfiguration, tasks: Iterable[Task]) -> Vocabulary | None:
+    """What mergekit makes of the YAML's tokenizer setting, where there is one."""
     for task in tasks:
         if isinstance(task, BuildTokenizer):
             ((_, info),) = Executor([task]).run(quiet=True)
-            return info.tokenizer
-    donor = merge.base_model or source_models(merge, "weights")[0]
-    return load_tokenizer(donor, options)
+            size = len(info.tokenizer.get_vocab())
+            multiple = (merge.tokenizer and merge.tokenizer.pad_to_multiple_of) or 1
+            return Vocabulary(task, info, size + -size % multiple)
+    return None
 
 
 def load_tokenizer(model: ModelReference, options: MergeOptions) -> PreTrainedTokenizerBase:

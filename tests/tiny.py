@@ -38,9 +38,11 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
-def save_tokenizer(folder: Path, chat_template: str | None = None) -> None:
+def save_tokenizer(
+    folder: Path, chat_template: str | None = None, letters: str = LETTERS
+) -> None:
     """A character-level tokenizer that writes <bos> first."""
-    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *LETTERS))}
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *letters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.post_processor = processors.TemplateProcessing(

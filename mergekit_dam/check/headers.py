@@ -1,15 +1,19 @@
 """Shapes and sizes of the sources' tensors, from the headers of safetensors files alone."""
 
+import itertools
+import re
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
 
+DIGITS = re.compile(r"\.\d+\.")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -19,6 +23,7 @@ class HeaderShapes:
     def __init__(self, plan: Plan):
         self._plan = plan
         self._models = {model: _headers(model) for model in plan.sources}
+        self._converted: dict[tuple[ModelReference, str], bool] = {}
 
     def names(self) -> Iterator[str]:
         """Output tensors that some source has."""
@@ -39,6 +44,32 @@ class HeaderShapes:
         )
 
     def problems(self) -> Iterator[str]:
+        """What the headers tell of sources that do not fit together, the first of each sort."""
+        yield from itertools.islice(self._missing(), 1)
+        yield from itertools.islice(self._differing(), 1)
+
+    def _missing(self) -> Iterator[str]:
+        for name, output in self._plan.tensors.items():
+            found = self._entries(name)
+            for model in () if output.optional else output.inputs:
+                headers = self._models.get(model)
+                if headers and model not in found and not self._is_converted(model, name):
+                    yield (
+                        f"{model} has no tensor {output.inputs[model][0]}, which the merge needs: "
+                        "choose models of one architecture, and layers that they have"
+                    )
+
+    def _is_converted(self, model: ModelReference, name: str) -> bool:
+        """Whether mergekit makes the tensor of others, such as a stack of experts."""
+        model_type = model.config(self._plan.options.trust_remote_code).model_type
+        layer = DIGITS.sub(".0.", name, count=1)  # one layer speaks for all
+        if (model, layer) not in self._converted:
+            keys = {key for key in self._models[model] if ".0." in key or not DIGITS.search(key)}
+            possible = layer not in keys and can_convert_checkpoint_keys(model_type, keys, layer)
+            self._converted[model, layer] = possible
+        return self._converted[model, layer]
+
+    def _differing(self) -> Iterator[str]:
         for name, output in self._plan.tensors.items():
             entries = self._entries(name)
             shapes = {tuple(entry["shape"]) for entry in entries.values()}
@@ -48,7 +79,6 @@ class HeaderShapes:
                     remedy = "align the vocabularies, for example `tokenizer: {source: union}`"
                 listed = ", ".join(f"{model} {e['shape']}" for model, e in entries.items())
                 yield f"the sources' shapes of {name} differ ({listed}): {remedy}"
-                return  # the other tensors differ for the same reason
 
     def _entries(self, name: str) -> dict[ModelReference, dict]:
         inputs = self._plan.tensors[name].inputs

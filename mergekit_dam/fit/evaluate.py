@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mergekit_dam import losses
 from mergekit_dam.data import Row, batch
-from mergekit_dam.fit.objective import predicted
+from mergekit_dam.fit.objective import among, predicted
 from mergekit_dam.model import MergedModel
 
 
@@ -26,19 +26,39 @@ class Figures:
 
 @torch.no_grad()
 def evaluate(
-    merged: MergedModel, held_out: Sequence[Sequence[Row]], batch_size: int
+    merged: MergedModel,
+    held_out: Sequence[Sequence[Row]],
+    batch_size: int,
+    known_tokens: Sequence[Tensor | None] | None = None,
 ) -> list[Figures]:
-    """One entry for each source."""
-    return [_figures(merged, source, rows, batch_size) for source, rows in enumerate(held_out)]
+    """One entry for each source; see `Plan.known_tokens` for the last argument."""
+    known = known_tokens or [None] * len(held_out)
+    return [
+        _figures(merged, source, rows, batch_size, known[source])
+        for source, rows in enumerate(held_out)
+    ]
 
 
-def _figures(merged: MergedModel, source: int, rows: Sequence[Row], batch_size: int) -> Figures:
+def _figures(
+    merged: MergedModel,
+    source: int,
+    rows: Sequence[Row],
+    batch_size: int,
+    known: Tensor | None,
+) -> Figures:
     tokens, kl, merge_nll, source_nll = 0, 0.0, 0.0, 0.0
     for inputs in _batches(rows, source, batch_size, merged.device):
         input_ids, mask = inputs["input_ids"], predicted(inputs["lengths"], inputs["longest"])
-        targets = input_ids.roll(-1, dims=1)[mask]
-        student, teacher = merged(input_ids)[mask], merged.teach(source, input_ids)[mask]
+        targets = input_ids.roll(-1, dims=1)
+        if known is not None:  # a target that the source lacks says nothing about it
+            mask = mask & torch.isin(targets, known.to(targets.device))
+            targets = torch.searchsorted(known.to(targets.device), targets)
+        targets = targets[mask]
+        logits = (merged(input_ids)[mask], merged.teach(source, input_ids)[mask])
+        student, teacher = among(logits, known)
         count = len(targets)
+        if count == 0:
+            continue
         tokens += count
         kl += losses.kl(student, teacher).item() * count
         merge_nll += F.cross_entropy(student.float(), targets).item() * count

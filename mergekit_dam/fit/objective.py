@@ -1,6 +1,8 @@
 """What the fit minimises: distillation terms over each source's own rows, and the terms on the
 coefficients (arXiv 2410.08371, section 3.2)."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -20,9 +22,15 @@ COMPARISONS = {
 class Distillation(nn.Module):
     """Loss of a step. Its parameters are the merged model's coefficients, and no others."""
 
-    def __init__(self, merged: MergedModel, objective: Objective):
+    def __init__(
+        self,
+        merged: MergedModel,
+        objective: Objective,
+        known_tokens: Sequence[Tensor | None] = (),  # for each source, see `Plan.known_tokens`
+    ):
         super().__init__()
         self.merged = merged
+        self._known = dict(enumerate(known_tokens))
         self._objective = objective
         self._interference = merged.interference() if objective.weighted_overlap else None
 
@@ -39,6 +47,7 @@ class Distillation(nn.Module):
             rows = sources == source
             student = logits[rows][predicted(lengths[rows], logits.shape[1])]
             teacher = self._teacher(source, input_ids[rows], lengths[rows])
+            student, teacher = among((student, teacher), self._known.get(source))
             for name, compare in COMPARISONS.items():
                 if weight := getattr(self._objective, name):
                     term = compare(student, teacher, self._objective.temperature)
@@ -64,6 +73,14 @@ class Distillation(nn.Module):
                 loss = loss + weight * term
                 terms[name] = term.detach()
         return loss, terms
+
+
+def among(logits: Sequence[Tensor], known: Tensor | None) -> Sequence[Tensor]:
+    """Logits [tokens, vocabulary] over the tokens that a source knows: one that it lacks takes no
+    part in that source's loss."""
+    if known is None:
+        return logits
+    return [part[:, known.to(part.device)] for part in logits]
 
 
 def predicted(lengths: Tensor, longest: int) -> Tensor:  # [rows] -> [rows, longest]

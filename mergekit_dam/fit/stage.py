@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import torch
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process, last_checkpoint
 from mergekit_dam.formula import coefficient_shape
 from mergekit_dam.model import MergedModel, Role, Skeleton, SourceWeights, build_skeleton
-from mergekit_dam.plan import Plan, load_tokenizer, plan_merge
+from mergekit_dam.plan import Plan, load_tokenizer, plan_merge, plan_source
 from mergekit_dam.sources import describe
 
 
@@ -85,8 +86,30 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
         average(skeleton, weights, settings, len(plan.sources)),
         trained_tensors(skeleton, settings),
         dtype,
+        _teachers(recipe, plan, dtype, device),
     ).to(device)
     return Fit(settings, plan, merged, data, _header(recipe, plan))
+
+
+def _teachers(
+    recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str
+) -> dict[int, MergedModel]:
+    """The sources that the merge's skeleton cannot speak for (layers cut out, repeated or
+    stacked): each the whole model as it is."""
+    teachers = {}
+    for number, source in enumerate(plan.sources):
+        if not plan.is_whole(source):
+            own = plan_source(plan, source, recipe.merge)
+            weights = SourceWeights(own, needs_base=False, device=device)
+            names = frozenset(weights.names())
+            skeleton = build_skeleton(
+                own.model_config,
+                names,
+                dtype=dtype,
+                trust_remote_code=plan.options.trust_remote_code,
+            )
+            teachers[number] = MergedModel(skeleton, weights, {}, set(), dtype)
+    return teachers
 
 
 def load_data(settings: Settings, plan: Plan) -> list[SourceData]:
@@ -95,10 +118,24 @@ def load_data(settings: Settings, plan: Plan) -> list[SourceData]:
     for source in plan.sources:
         if source not in entries:
             raise DamError(f"`dam.data` has no entry for the source {source}: add one.")
-    return [
-        load_rows(entries[source], settings, plan.tokenizer, load_tokenizer(source, plan.options))
-        for source in plan.sources
-    ]
+    data = []
+    for source in plan.sources:
+        own = load_tokenizer(source, plan.options)
+        data.append(load_rows(entries[source], settings, plan.tokenizer, own))
+        _require_known(data[-1], plan, source)
+    return data
+
+
+def _require_known(data: SourceData, plan: Plan, source: ModelReference) -> None:
+    """A token id beyond the embedding would read foreign memory."""
+    size = plan.model_config.get_text_config().vocab_size
+    highest = max(max(row) for row in (*data.train, *data.held_out))
+    if highest >= size:
+        raise DamError(
+            f"The data of {source} has the token id {highest}, but the merged model's vocabulary "
+            f"has {size} tokens: give the merge a `tokenizer` that fits, for example "
+            "`tokenizer: {source: union}`."
+        )
 
 
 def average(
@@ -141,11 +178,12 @@ def is_fitted(out: str, header: files.Header) -> bool:
 def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
     held_out = [source.held_out for source in prepared.data]
-    before = evaluate(merged, held_out, settings.batch_size)
+    known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
+    before = evaluate(merged, held_out, settings.batch_size, known)
     losses: list[dict[str, Any]] = []
     if settings.max_steps:
         trainer = build_trainer(
-            Distillation(merged, settings.objective),
+            Distillation(merged, settings.objective, known),
             StepRows(prepared.data),
             settings,
             folder,
@@ -155,7 +193,7 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
         trainer.train(resume_from_checkpoint=checkpoint)
         losses = history(trainer)
     _require_finite(merged, folder)
-    after = evaluate(merged, held_out, settings.batch_size)
+    after = evaluate(merged, held_out, settings.batch_size, known)
     results = {
         "average": [asdict(figures) for figures in before],
         "fit": [asdict(figures) for figures in after],

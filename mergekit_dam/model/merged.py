@@ -32,6 +32,7 @@ class MergedModel(nn.Module):
         coefficients: Mapping[str, Tensor],  # output tensor -> [N, *B], float32
         trained: frozenset[str] | set[str],  # output tensors whose coefficients get gradients
         dtype: torch.dtype = torch.float32,  # of the forward pass
+        teachers: "Mapping[int, MergedModel] | None" = None,  # of sources with other layers
     ):
         super().__init__()
         self._names = {name: name.replace(".", "/") for name in coefficients}
@@ -39,6 +40,7 @@ class MergedModel(nn.Module):
             parameter = nn.Parameter(value.detach().clone().float(), name in trained)
             self.register_parameter(self._names[name], parameter)
         self._weights, self._dtype = weights, dtype
+        self._teachers = dict(teachers or {})
         self._source: int | None = None  # whose weights the blocks get; None: the merged ones
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (_with_made_weights(skeleton, self._make, self._recomputes),)
@@ -53,6 +55,15 @@ class MergedModel(nn.Module):
 
     def trained_coefficients(self) -> dict[str, Tensor]:
         return {name: c for name, c in self.coefficients().items() if c.requires_grad}
+
+    def _apply(self, fn, recurse=True):
+        """`.to(device)` takes the skeleton's buffers along, which are no buffers of ours."""
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                module._buffers[name] = None if buffer is None else fn(buffer)
+        for teacher in self._teachers.values():
+            teacher._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
@@ -90,7 +101,12 @@ class MergedModel(nn.Module):
 
     @torch.no_grad()
     def teach(self, source: int, input_ids: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] of one source on its own."""
+        """Logits [rows, length, vocabulary] of one source on its own.
+
+        A source whose layers are not all in the merge, in their places, is a model of its own.
+        """
+        if source in self._teachers:
+            return self._teachers[source].teach(0, input_ids)
         with self._weights_of(source):
             return self(input_ids)
 

@@ -1,0 +1,106 @@
+"""Sources with vocabularies of their own, aligned by mergekit's tokenizer settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from commands import refusal, run
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import read_recipe
+from mergekit_dam.config.settings import Objective
+from mergekit_dam.data import batch
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.stage import Fit, prepare
+
+QUIET = MergeOptions(quiet=True)
+FEWER = tiny.LETTERS[:-9]  # without the digits from 4 and the signs
+OTHER = tiny.LETTERS[5:] + "!?"  # moved, some lacking, two of its own
+
+
+def save(folder: Path, letters: str, seed: int) -> Path:
+    sizes = {**tiny.SIZES, "vocab_size": len(letters) + len(tiny.SPECIAL)}
+    tiny.save_model(folder, transformers.LlamaConfig(**sizes), seed)
+    tiny.save_tokenizer(folder, letters=letters)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("models")
+    vocabularies = (tiny.LETTERS, FEWER, OTHER)
+    return [save(folder / f"m{n}", letters, n) for n, letters in enumerate(vocabularies)]
+
+
+def fitted(path: Path) -> Fit:
+    """A finished fit, its merged model holding the fitted coefficients."""
+    recipe = read_recipe(str(path))
+    fit(recipe, recipe.coefficients, QUIET, device="cpu")
+    prepared = prepare(recipe, QUIET, device="cpu")
+    file = CoefficientFile(recipe.coefficients)
+    with torch.no_grad():
+        for name, coefficient in prepared.merged.coefficients().items():
+            coefficient.copy_(file.get(name))
+    return prepared
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"tokenizer_source": "union"},
+        {"tokenizer_source": "base"},
+        {"tokenizer": {"source": "union"}},
+        {"tokenizer": {"source": "union", "pad_to_multiple_of": 16}},
+        {"tokenizer": {"source": "union", "tokens": {"!": {"source": "M2", "force": True}}}},
+    ],
+    ids=str,
+)
+def test_aligned_vocabularies(recipe, models, tmp_path, setting):
+    setting = json.loads(json.dumps(setting).replace("M2", str(models[2])))
+    path = recipe(models, base_model=str(models[0]), **setting)
+    prepared = fitted(path)
+    run("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    fits, ids = prepared.plan.tokenizer.get_vocab(), tiny.tokens()
+    tokens = sorted(fits)  # mergekit numbers the tokens that a union adds in an arbitrary order
+    assert sorted(merged) == tokens
+    torch.testing.assert_close(
+        tiny.load(tmp_path / "out")(ids).logits[..., [merged[token] for token in tokens]],
+        prepared.merged(ids)[..., [fits[token] for token in tokens]],
+    )
+
+
+def test_rows_are_tokenised_with_the_merges_tokenizer(recipe, models):
+    path = recipe(models, base_model=str(models[0]), tokenizer_source="union")
+    prepared = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    vocabulary = prepared.plan.tokenizer.get_vocab()
+    assert set("!?0a") <= vocabulary.keys()
+    for source in prepared.data:
+        for row in source.train:
+            assert row[0] == vocabulary["<bos>"]
+
+
+def test_a_token_that_a_source_lacks_takes_no_part_in_its_loss(recipe, models):
+    path = recipe(models, base_model=str(models[0]), tokenizer_source="union")
+    prepared = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    known = prepared.plan.known_tokens(prepared.plan.sources[1])
+    vocabulary = prepared.plan.tokenizer.get_vocab()
+    assert set(known.tolist()) == {vocabulary[t] for t in (*tiny.SPECIAL, *FEWER)}
+    everything = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
+    distillation = Distillation(prepared.merged, Objective(similarity=0), everything)
+    ids = [vocabulary[token] for token in ("<bos>", "a", "b", "c")]
+    loss = distillation(**batch([ids], [1]))["loss"]
+    p = prepared.merged.teach(1, torch.tensor([ids]))[0, :-1, known].div(2).log_softmax(-1)
+    q = prepared.merged(torch.tensor([ids]))[0, :-1, known].div(2).log_softmax(-1)
+    torch.testing.assert_close(loss, 4 * (p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_different_vocabularies_need_a_setting(recipe, models):
+    message = refusal("mergekit-dam", "check", recipe(models, base_model=str(models[0])))
+    assert "model.embed_tokens.weight" in message
+    assert "tokenizer: {source: union}" in message
