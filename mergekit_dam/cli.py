@@ -98,17 +98,60 @@ def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -
 @click.argument("out")
 @RESUME
 @OVERWRITE
-def run(merge_options: MergeOptions, config: str, out: str, resume: bool, overwrite: bool) -> None:
-    """Fit the coefficients of CONFIG, then merge into OUT, with the results in OUT's card."""
-    from mergekit_dam.config import read_recipe
-    from mergekit_dam.merging import merge as merge_stage
+@click.option(
+    "--intermediate-dir",
+    "-I",
+    help="Where a chain of merges keeps its intermediate models [default: OUT.steps].",
+)
+def run(
+    merge_options: MergeOptions,
+    config: str,
+    out: str,
+    resume: bool,
+    overwrite: bool,
+    intermediate_dir: str | None,
+) -> None:
+    """Fit the coefficients of CONFIG, then merge into OUT, with the results in OUT's card.
+
+    CONFIG may be a chain of merges as mergekit-multi takes it, in which `dam` and mergekit's own
+    methods feed each other.
+    """
+    from mergekit_dam.config import is_chain, read_chain, read_recipe
     from mergekit_dam.merging import require_free
 
     require_free(out, overwrite=overwrite)
-    recipe = read_recipe(config)
-    table = _fit(recipe, None, merge_options, resume=resume)
-    merge_stage(recipe, out, merge_options, overwrite=overwrite)
-    _say(merge_options, f"{table}\n\nThe merged model is in {out}.")
+    if not is_chain(config):
+        _run(read_recipe(config), out, merge_options, resume=resume, overwrite=overwrite)
+        return
+    folder = intermediate_dir or f"{out.rstrip('/')}.steps"
+    steps = read_chain(config, folder)
+    if all(step.name for step in steps):
+        raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
+    for step in steps:
+        if step.name is None:
+            _run(step.recipe, out, merge_options, resume=resume, overwrite=overwrite)
+        else:
+            _run_step(step, f"{folder}/{step.name}", merge_options, resume=resume)
+
+
+def _run_step(step, out: str, options: MergeOptions, *, resume: bool) -> None:
+    """An intermediate merge, unless it is there already."""
+    from mergekit_dam.merging import is_merged
+
+    if is_merged(out):
+        _say(options, f"{step.name} is in {out} already.")
+    else:
+        _run(step.recipe, out, options, resume=resume, overwrite=False)
+
+
+def _run(recipe, out: str, options: MergeOptions, *, resume: bool, overwrite: bool) -> None:
+    from mergekit_dam.merging import merge as merge_stage
+
+    table = None
+    if recipe.merge.merge_method == "dam":
+        table = _fit(recipe, None, options, resume=resume)
+    merge_stage(recipe, out, options, overwrite=overwrite)
+    _say(options, (f"{table}\n\n" if table else "") + f"The merged model is in {out}.")
 
 
 @_command

@@ -10,7 +10,7 @@ import shutil
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pydantic
 import safetensors
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula, Granularity
+from mergekit_dam.task_vectors import Preparation
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_dam"
@@ -44,9 +45,10 @@ class Header(Frozen):
     version: int = FORMAT_VERSION
     package: str  # the version of mergekit-dam that wrote the file
     formula: Formula
-    granularity: Granularity
+    granularity: Granularity | Literal["mixed"]  # mixed: the rules are in the settings
     sources: tuple[Source, ...]  # in the order of the coefficients' first axis
     base: Source | None = None
+    preparation: Preparation | None = None  # of sparsified task vectors
     tokenizer: Any = None  # the YAML's `tokenizer` or `tokenizer_source`
     settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
     results: dict[str, Any] = {}  # held-out figures before and after

@@ -17,41 +17,55 @@ from mergekit_dam.errors import DamError
 
 SAMPLE_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-# In the order in which mergekit looks for them; then those of an adapter.
-WEIGHT_FILES = (
-    "model.safetensors",
-    "pytorch_model.bin",
-    "adapter_model.safetensors",
-    "adapter_model.bin",
-)
+# In the order in which mergekit, and PEFT, look for them.
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 # What saving a model again changes without changing the model.
 VOLATILE_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# The same of an adapter, and what tells where its base lay.
+VOLATILE_ADAPTER_KEYS = ("base_model_name_or_path", "revision", "peft_version", "inference_mode")
 
 
-def fingerprint(path: str) -> tuple[str, str | None]:
+def fingerprint(path: str, *, is_adapter: bool = False) -> tuple[str, str | None]:
     """(weights, config): hexadecimal digests of a checkpoint folder or of one weights file.
 
     A raw weights file has no config (None). Raises DamError for a damaged file.
     """
     if os.path.isfile(path):
         return _digest(_tensors(Path(path))), None
-    tensors = sorted(line for file in weight_files(Path(path)) for line in _tensors(file))
-    return _digest(tensors), _config_digest(Path(path) / "config.json")
+    folder = Path(path)
+    files = weight_files(folder, is_adapter=is_adapter)
+    tensors = sorted(line for file in files for line in _tensors(file))
+    if is_adapter:  # its config holds the factor by which it is multiplied
+        return _digest(tensors), _adapter_config_digest(folder / "adapter_config.json")
+    return _digest(tensors), _config_digest(folder / "config.json")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The files of a checkpoint that mergekit reads (or an adapter's), and no others.
+def weight_files(folder: Path, *, is_adapter: bool = False) -> list[Path]:
+    """The files of a checkpoint that mergekit reads, or of an adapter, and no others.
 
     Raises DamError where there are none.
     """
-    for name in WEIGHT_FILES:
+    names = ADAPTER_FILES if is_adapter else WEIGHT_FILES
+    for name in names:
         index = folder / f"{name}.index.json"
         if index.exists():
             shards = set(_json(index).get("weight_map", {}).values())
             return [folder / shard for shard in sorted(shards)]
         if (folder / name).exists():
             return [folder / name]
-    raise DamError(f"{folder} holds no weights that mergekit reads, such as {WEIGHT_FILES[0]}.")
+    raise DamError(f"{folder} holds no weights that mergekit reads, such as {names[0]}.")
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a safetensors file is as long as its header says.
+
+    Raises DamError where even the header is damaged.
+    """
+    with path.open("rb") as file:
+        header = read_header(file, path)
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        return path.stat().st_size == file.tell() + max(ends, default=0)
 
 
 def _digest(lines) -> str:
@@ -66,6 +80,19 @@ def _config_digest(path: Path) -> str | None:
         return None
     config = _json(path)
     kept = {key: value for key, value in config.items() if key not in VOLATILE_CONFIG_KEYS}
+    return _digest([json.dumps(kept, sort_keys=True)])
+
+
+def _adapter_config_digest(path: Path) -> str | None:
+    """PEFT writes sets of names, such as `target_modules`, in an order that changes."""
+    if not path.exists():
+        return None
+    config = _json(path)
+    kept = {
+        key: sorted(map(str, value)) if isinstance(value, list) else value
+        for key, value in config.items()
+        if key not in VOLATILE_ADAPTER_KEYS
+    }
     return _digest([json.dumps(kept, sort_keys=True)])
 
 

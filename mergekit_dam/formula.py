@@ -52,14 +52,17 @@ def combine(
     sources: Sequence[Tensor],  # N tensors of shape S
     base: Tensor | None = None,  # S, for task vectors
     dtype: torch.dtype | None = None,
+    *,
+    prepared: bool = False,
 ) -> Tensor:  # S
     """base + Σ_i c_i * (W_i - base), accumulated in float32 (float64 for float64 sources).
 
     Returned in `dtype`, by default the sources'. Differentiable in `coefficients` alone.
+    With `prepared`, `sources` are the D_i themselves: sparsified task vectors.
     """
     if len(coefficients) != len(sources):
         raise ValueError(f"{len(coefficients)} coefficients for {len(sources)} sources")
-    return _Combine.apply(coefficients, base, dtype or sources[0].dtype, *sources)
+    return _Combine.apply(coefficients, base, dtype or sources[0].dtype, prepared, *sources)
 
 
 def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
@@ -77,14 +80,15 @@ class _Combine(torch.autograd.Function):
     would be N times the weights: the gradient needs the D_i alone."""
 
     @staticmethod
-    def forward(ctx, coefficients, base, dtype, *sources):
-        ctx.base, ctx.sources, ctx.shape = base, sources, coefficients.shape
+    def forward(ctx, coefficients, base, dtype, prepared, *sources):
+        ctx.subtracted = None if prepared else base
+        ctx.sources, ctx.shape = sources, coefficients.shape
         accumulator = _accumulator(sources)
         merged = torch.zeros_like(sources[0], dtype=accumulator)
         if base is not None:
             merged.copy_(base)
         for coefficient, source in zip(coefficients, sources, strict=True):
-            merged.addcmul_(_difference(source, base), coefficient.to(accumulator))
+            merged.addcmul_(_difference(source, ctx.subtracted), coefficient.to(accumulator))
         return merged.to(dtype)
 
     @staticmethod
@@ -95,9 +99,9 @@ class _Combine(torch.autograd.Function):
         product = torch.empty_like(gradient)
         gradients = torch.empty(ctx.shape, dtype=torch.float32, device=gradient.device)
         for row, source in zip(gradients, ctx.sources, strict=True):
-            torch.mul(gradient, _difference(source, ctx.base), out=product)
+            torch.mul(gradient, _difference(source, ctx.subtracted), out=product)
             row.copy_(product.sum_to_size(row.shape))
-        return gradients, None, None, *(None for _ in ctx.sources)
+        return gradients, None, None, None, *(None for _ in ctx.sources)
 
 
 def alignment(

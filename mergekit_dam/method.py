@@ -21,6 +21,7 @@ from mergekit_dam.coefficients import CoefficientFile, open_file
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine
 from mergekit_dam.sources import match
+from mergekit_dam.task_vectors import prepare
 
 # The value of `coefficients` while the fit plans a merge whose file is yet to be written.
 TO_BE_FITTED = "<to be fitted>"
@@ -38,6 +39,16 @@ def _require_path(value: Any) -> Any:
     return value
 
 
+# Parameters of mergekit's own methods, so that their configs need another method's name alone.
+# The fit starts from them; the merge takes what the fit has recorded in its file.
+INPUT_PARAMETERS = ("weight", "density", "gamma", "epsilon")
+SHARED_PARAMETERS = {"normalize": bool, "rescale": bool, "int8_mask": bool, "lambda": float}
+
+
+def _fits(name: str, scope: ParameterScope, kind: type) -> ParameterSpec:
+    return ParameterSpec(name, kind | None, scope, default=None, description="read by the fit")
+
+
 class DamMerge(GroupMergeMethod):
     """W = base + Σ_i c_i * D_i with coefficients from a file (arXiv 2410.08371)."""
 
@@ -53,11 +64,13 @@ class DamMerge(GroupMergeMethod):
                 default=None,
                 description="path of the file that `mergekit-dam fit` has written",
             ),
+            *(_fits(name, ParameterScope.INPUT, float) for name in INPUT_PARAMETERS),
+            *(_fits(name, ParameterScope.SHARED, kind) for name, kind in SHARED_PARAMETERS.items()),
         ),
         contract=InputContract(),
     )
 
-    def merge_group(self, group: TensorGroup, /, *, coefficients: str) -> Tensor:
+    def merge_group(self, group: TensorGroup, /, *, coefficients: str, **_fits: Any) -> Tensor:
         """The merged tensor, in the dtype to which mergekit has brought the inputs."""
         file, name = open_file(coefficients), group.metadata.name
         if name is None:
@@ -68,9 +81,12 @@ class DamMerge(GroupMergeMethod):
         file.check_shape(name, tuple(group.entries[0].tensor.shape))
         factors = file.get(name)
         self._check_absent(file, factors, set(rows))
-        tensors = list(rows.values())
+        tensors, base = list(rows.values()), self._base(file, group)
+        dtype, preparation = tensors[0].dtype, file.header.preparation
+        if preparation is not None:
+            tensors = prepare(name, tensors, list(rows), base, preparation)
         chosen = factors[list(rows)].to(tensors[0].device)
-        return combine(chosen, tensors, self._base(file, group))
+        return combine(chosen, tensors, base, dtype, prepared=preparation is not None)
 
     @staticmethod
     def _base(file: CoefficientFile, group: TensorGroup) -> Tensor | None:

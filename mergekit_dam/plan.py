@@ -9,6 +9,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from mergekit.architecture import get_architecture_info
@@ -24,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_dam.adapters import with_lora_cache
+from mergekit_dam.compatible import require_compatible
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
@@ -40,6 +42,8 @@ class OutputTensor:
     optional: bool
     vocabulary_axis: int | None
     out_dtype: torch.dtype | None  # what the merge saves it as, if not the inputs' dtype
+    parameters: dict[str, Any]  # of mergekit's YAML, resolved for this tensor
+    input_parameters: dict[ModelReference, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,7 @@ def plan_merge(merge: MergeConfiguration, options: MergeOptions, formula: Formul
     merge = copy.deepcopy(merge)
     merge.parameters = {**(merge.parameters or {}), "coefficients": TO_BE_FITTED}
     sources = source_models(merge, formula)
+    require_compatible(merge, options)
     options = with_lora_cache(options, merge.referenced_models())
     LoaderCache().setup(options=options)
     for model in merge.referenced_models():
@@ -188,6 +193,8 @@ def _output(save: SaveTensor) -> OutputTensor:
         optional=save.optional,
         vocabulary_axis=merging.output_weight.vocabulary_axis,
         out_dtype=dtype_from_name(save.dtype),
+        parameters=dict(merging.parameters.items()),
+        input_parameters={m: dict(v.items()) for m, v in merging.input_parameters.items()},
     )
 
 

@@ -12,7 +12,7 @@ from mergekit_dam.fingerprint import fingerprint
 
 def describe(model: Any) -> Source:
     """The identity of a mergekit `ModelReference`, as the coefficient file records it."""
-    paths = _paths(model)
+    paths = local_paths(model)
     weights, config = _identity(paths, _signature(paths))
     return Source(
         reference=str(model),
@@ -62,7 +62,7 @@ def _named(sources: Sequence[Source], name: Hashable) -> int | None:
     return name if isinstance(name, int) and name < len(sources) else None
 
 
-def _paths(model: Any) -> tuple[str, ...]:
+def local_paths(model: Any) -> tuple[str, ...]:
     """The local folder of a model, and of its adapter; fetched by mergekit where needed."""
     from mergekit.common import ModelReference
     from mergekit.io.tasks import LoaderCache
@@ -75,10 +75,11 @@ def _paths(model: Any) -> tuple[str, ...]:
         base = ModelReference(model=model.model).local_path(LoaderCache().hf_cache_dir)
     if model.lora is None:
         return (base,)
-    return (base, _adapter_path(model.lora.path, model.lora.revision))
+    return (base, adapter_path(model.lora.path, model.lora.revision))
 
 
-def _adapter_path(path: str, revision: str | None) -> str:
+def adapter_path(path: str, revision: str | None) -> str:
+    """The local folder of an adapter, fetched from the Hub where needed."""
     if os.path.exists(path):
         return path
     from huggingface_hub import snapshot_download
@@ -105,7 +106,9 @@ def _signature(paths: Sequence[str]) -> tuple:
 
 @functools.lru_cache(maxsize=256)
 def _identity(paths: tuple[str, ...], _changes_with: tuple) -> tuple[str, str | None]:
-    """An adapter's fingerprint is added to its model's."""
-    parts = [fingerprint(path) for path in paths]
-    weights = "+".join(part[0] for part in parts)
-    return weights, parts[0][1]
+    """An adapter's fingerprints are added to its model's."""
+    weights, config = fingerprint(paths[0])
+    for path in paths[1:]:
+        adapter = fingerprint(path, is_adapter=True)
+        weights, config = f"{weights}+{adapter[0]}", f"{config}+{adapter[1]}"
+    return weights, config

@@ -128,20 +128,20 @@ def test_only_one_blocks_weights_exist_at_a_time(recipe, llamas, monkeypatch):
     """While the loss is computed, no merged weight survives its block."""
     import weakref
 
-    from mergekit_dam.model import merged
+    from mergekit_dam.model import weights
 
     alive: list[weakref.ref] = []
     most = 0
-    combine = merged.combine
+    combine = weights.combine
 
-    def counting(*args):
+    def counting(*args, **kwargs):
         nonlocal most
-        weight = combine(*args)
+        weight = combine(*args, **kwargs)
         alive.append(weakref.ref(weight))
         most = max(most, sum(reference() is not None for reference in alive))
         return weight
 
-    monkeypatch.setattr(merged, "combine", counting)
+    monkeypatch.setattr(weights, "combine", counting)
     fit = prepared(recipe, llamas)
     fit.merged(tiny.tokens()).sum().backward()
     weights_of_a_layer = 9

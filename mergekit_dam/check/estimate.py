@@ -60,7 +60,10 @@ def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes) -> Estimate:
 def _coefficient_shape(name: str, skeleton: Skeleton, settings: Settings) -> tuple[int, ...]:
     role = skeleton.roles[name]
     return coefficient_shape(
-        role.shape, settings.granularity, input_axis=role.input_axis, bias=role.kind == "bias"
+        role.shape,
+        settings.granularity_of(name),
+        input_axis=role.input_axis,
+        bias=role.kind == "bias",
     )
 
 

@@ -1,4 +1,4 @@
-"""Shapes and sizes of the sources' tensors, from the headers of safetensors files alone."""
+"""Shapes and sizes of the sources' tensors, from the headers of their files alone."""
 
 import itertools
 import re
@@ -6,19 +6,22 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+import torch
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
+from mergekit_dam.compatible import differ_in_vocabulary
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
 
 DIGITS = re.compile(r"\.\d+\.")
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class HeaderShapes:
-    """Of the tensors that a plan reads; other formats than safetensors tell nothing."""
+    """Of the tensors that a plan reads."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
@@ -53,7 +56,11 @@ class HeaderShapes:
             found = self._entries(name)
             for model in () if output.optional else output.inputs:
                 headers = self._models.get(model)
-                if headers and model not in found and not self._is_converted(model, name):
+                if (
+                    headers is not None
+                    and model not in found
+                    and not self._is_converted(model, name)
+                ):
                     yield (
                         f"{model} has no tensor {output.inputs[model][0]}, which the merge needs: "
                         "choose models of one architecture, and layers that they have"
@@ -75,7 +82,7 @@ class HeaderShapes:
             shapes = {tuple(entry["shape"]) for entry in entries.values()}
             if len(shapes) > 1 and not self._is_aligned(name):
                 remedy = "choose models of one architecture and size"
-                if output.vocabulary_axis is not None:
+                if differ_in_vocabulary(shapes, output.vocabulary_axis):
                     remedy = "align the vocabularies, for example `tokenizer: {source: union}`"
                 listed = ", ".join(f"{model} {e['shape']}" for model, e in entries.items())
                 yield f"the sources' shapes of {name} differ ({listed}): {remedy}"
@@ -85,26 +92,38 @@ class HeaderShapes:
         return {
             model: entry
             for model, headers in self._models.items()
-            if headers is not None and model in inputs
+            if model in inputs
             for entry in [next((headers[n] for n in inputs[model] if n in headers), None)]
             if entry is not None
         }
 
     def _unknown(self, name: str) -> bool:
-        """No header tells (a `.bin` file, a converted layout), but the merge needs the tensor."""
+        """No header tells (a converted layout), but the merge needs the tensor."""
         return not self._plan.tensors[name].optional
 
     def _is_aligned(self, name: str) -> bool:
         return self._plan.tensors[name].is_aligned
 
 
-def _headers(model: ModelReference) -> dict[str, dict] | None:
+def _headers(model: ModelReference) -> dict[str, dict]:
     index = LoaderCache().get(model).index
-    if not index.is_safetensors:
-        return None
     result: dict[str, dict] = {}
     for shard in index.shards:
         path = Path(index.base_path) / shard.filename
-        with path.open("rb") as file:
-            result |= read_header(file, path)
+        if index.is_safetensors:
+            with path.open("rb") as file:
+                result |= read_header(file, path)
+        else:
+            result |= _archive_header(path)
     return result
+
+
+def _archive_header(path: Path) -> dict[str, dict]:
+    """The same of a `.bin` file: on the meta device its tensors are read without their values."""
+    tensors = torch.load(path, map_location="meta", weights_only=True)
+    tensors = tensors.get("state_dict", tensors)  # as mergekit reads it
+    return {
+        name: {"dtype": DTYPES.get(tensor.dtype, ""), "shape": list(tensor.shape)}
+        for name, tensor in tensors.items()
+        if isinstance(tensor, torch.Tensor)
+    }

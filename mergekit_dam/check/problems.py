@@ -4,6 +4,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator
 
+from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_dam.check.estimate import Estimate, estimate
@@ -88,6 +89,7 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
                 "(docs/config.md has all keys)"
             )
         return
+    yield from _meaningless(recipe, settings)
     models = source_models(recipe.merge, settings.formula)
     found = []
     for index, entry in enumerate(settings.data):
@@ -102,6 +104,31 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
     for model in models:
         if model not in found:
             yield f"`dam.data` has no entry for the source {model}: add one"
+
+
+def _meaningless(recipe: Recipe, settings: Settings) -> Iterator[str]:
+    """Parameters of mergekit's methods that this fit would pass over in silence."""
+    if settings.sparsify != "task_arithmetic":
+        return
+    given = {name for part in _parameters(recipe.merge) for name in part or {}}
+    for name in sorted(given & {"density", "gamma", "epsilon", "rescale", "int8_mask"}):
+        yield (
+            f"`{name}` has no effect: set `dam.formula: task_vectors` and `dam.sparsify` to the "
+            "method whose parameter it is, or remove it"
+        )
+    if settings.formula == "weights" and "lambda" in given:
+        yield "`lambda` has no effect on `dam.formula: weights`: remove it, or use task_vectors"
+
+
+def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:
+    yield merge.parameters
+    for part in (merge, *(merge.modules or {}).values()):
+        yield part.parameters
+        for model in part.models or ():
+            yield model.parameters
+        for piece in part.slices or ():
+            yield piece.parameters
+            yield from (source.parameters for source in piece.sources)
 
 
 def _unknown_source(where: str, name: str, models: Iterable[str]) -> str:

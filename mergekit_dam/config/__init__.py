@@ -1,6 +1,7 @@
 """The user's YAML: mergekit's own keys and the `dam:` block."""
 
+from mergekit_dam.config.chain import Step, is_chain, read_chain
 from mergekit_dam.config.recipe import Recipe, read_recipe
 from mergekit_dam.config.settings import DataSettings, Settings
 
-__all__ = ["DataSettings", "Recipe", "Settings", "read_recipe"]
+__all__ = ["DataSettings", "Recipe", "Settings", "Step", "is_chain", "read_chain", "read_recipe"]

@@ -1,9 +1,5 @@
-"""Reads the YAML that mergekit-yaml and mergekit-dam share, and finds its mistakes.
+"""Reads the YAML that mergekit-yaml and mergekit-dam share."""
 
-mergekit ignores keys that it does not know; a misspelt one would silently change the merge.
-"""
-
-import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,22 +7,13 @@ from typing import Any
 
 import pydantic
 import yaml
-from mergekit import merge_methods
 from mergekit.common import ModelReference
-from mergekit.config import (
-    ConditionalParameter,
-    InputModelDefinition,
-    InputSliceDefinition,
-    MergeConfiguration,
-    OutputModuleDefinition,
-    OutputSliceDefinition,
-)
-from mergekit.tokenizer.config import TokenizerConfig
+from mergekit.config import MergeConfiguration
 
+from mergekit_dam.config.keys import BLOCK, unknown_key, unknown_keys
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.errors import DamError
 
-BLOCK = "dam"
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -47,23 +34,45 @@ class Recipe:
 
 
 def read_recipe(path: str) -> Recipe:
-    """Raises DamError where the file is no merge config at all; lesser mistakes are collected."""
+    """A file with one merge by dam.
+
+    Raises DamError where it is no such file at all; lesser mistakes are collected.
+    """
+    documents = read_documents(path)
+    if len(documents) > 1:
+        raise DamError(
+            f"{path} is a chain of {len(documents)} merges, which `mergekit-dam run` takes; this "
+            "command takes one merge."
+        )
+    ((document, text),) = documents
+    method = document.get("merge_method")
+    if method != "dam":
+        raise DamError(f"{path}: merge_method is {method!r}: set it to `dam`.")
+    return parse_document(path, document, text)
+
+
+def read_documents(path: str) -> list[tuple[dict, str]]:
+    """The YAML documents of a file, each with its text."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        document = yaml.safe_load(text)
+        documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except OSError as error:
         raise DamError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DamError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(document, dict):
+    if not documents or not all(isinstance(document, dict) for document in documents):
         raise DamError(f"{path} holds no merge config: it needs keys such as `merge_method`.")
-    method = document.get("merge_method")
-    if method != "dam":
-        raise DamError(f"{path}: merge_method is {method!r}: set it to `dam`.")
+    if len(documents) == 1:
+        return [(documents[0], text)]
+    return [(document, yaml.safe_dump(document, sort_keys=False)) for document in documents]
+
+
+def parse_document(path: str, document: dict, text: str) -> Recipe:
+    """Raises DamError where mergekit cannot read it; lesser mistakes are collected."""
     if isinstance(document.get("parameters"), dict):  # a key without a value is no setting
         kept = {k: v for k, v in document["parameters"].items() if v is not None}
         document = {**document, "parameters": kept}
-    problems = [*_unknown_keys(document), *_wrong_dtypes(document)]
+    problems = [*unknown_keys(document), *_wrong_dtypes(document)]
     merge = _parse(MergeConfiguration, _without_block(document), "", problems)
     settings = None
     if BLOCK in document:
@@ -131,73 +140,12 @@ def _known_keys(model: type, location: Iterable) -> Iterable[str]:
     return model.model_fields
 
 
-def unknown_key(where: str, known: Iterable[str]) -> str:
-    """A sentence part about a key that nobody reads, with the nearest one that is read."""
-    nearest = difflib.get_close_matches(where.rpartition(".")[2], list(known), n=1, cutoff=0.5)
-    return f"`{where}` is not a key" + (f", did you mean `{nearest[0]}`?" if nearest else "")
-
-
-def _unknown_keys(document: Mapping) -> Iterator[str]:
-    """Keys of mergekit's part that mergekit would pass over in silence."""
-    yield from _unknown(document, (*MergeConfiguration.model_fields, BLOCK, "name"), "")
-    yield from _unknown_parameters(document.get("parameters"), "parameters.")
-    yield from _unknown(document.get("tokenizer"), TokenizerConfig.model_fields, "tokenizer.")
-    yield from _unknown_inputs(document, "")
-    for name, module in _items(document.get("modules")):
-        where = f"modules.{name}."
-        yield from _unknown(module, OutputModuleDefinition.model_fields, where)
-        yield from _unknown_parameters(_get(module, "parameters"), where + "parameters.")
-        yield from _unknown_inputs(module, where)
-
-
 def _wrong_dtypes(document: Mapping) -> Iterator[str]:
     """mergekit reads these names only when it loads the first tensor."""
     for key in ("dtype", "out_dtype"):
         name = document.get(key)
         if name is not None and str(name).removeprefix("torch.") not in DTYPES:
             yield f"`{key}` is {name!r}: choose one of {', '.join(DTYPES)}"
-
-
-def _unknown_inputs(parent: Any, where: str) -> Iterator[str]:
-    for index, model in enumerate(_list(_get(parent, "models"))):
-        yield from _unknown_input(model, InputModelDefinition, f"{where}models.{index}.")
-    for index, piece in enumerate(_list(_get(parent, "slices"))):
-        yield from _unknown_input(piece, OutputSliceDefinition, f"{where}slices.{index}.")
-        for number, source in enumerate(_list(_get(piece, "sources"))):
-            place = f"{where}slices.{index}.sources.{number}."
-            yield from _unknown_input(source, InputSliceDefinition, place)
-
-
-def _unknown_input(item: Any, model: type, where: str) -> Iterator[str]:
-    yield from _unknown(item, model.model_fields, where)
-    yield from _unknown_parameters(_get(item, "parameters"), where + "parameters.")
-
-
-def _unknown_parameters(parameters: Any, where: str) -> Iterator[str]:
-    known = [parameter.name for parameter in merge_methods.get("dam").spec.parameters]
-    yield from _unknown(parameters, known, where)
-    for name, value in _items(parameters):
-        for index, item in enumerate(_list(value)):
-            place = f"{where}{name}.{index}."
-            yield from _unknown(item, ConditionalParameter.model_fields, place)
-
-
-def _unknown(mapping: Any, known: Iterable[str], where: str) -> Iterator[str]:
-    for key, _ in _items(mapping):
-        if key not in known:
-            yield unknown_key(f"{where}{key}", known)
-
-
-def _items(value: Any) -> Iterable:
-    return value.items() if isinstance(value, Mapping) else ()
-
-
-def _list(value: Any) -> list:
-    return value if isinstance(value, list) else []
-
-
-def _get(value: Any, key: str) -> Any:
-    return value.get(key) if isinstance(value, Mapping) else None
 
 
 def match_reference(name: str, models: Iterable[ModelReference]) -> ModelReference | None:

@@ -9,6 +9,7 @@ import pydantic
 from pydantic import Field
 
 from mergekit_dam.formula import Formula, Granularity
+from mergekit_dam.task_vectors import Sparsify
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
@@ -89,6 +90,13 @@ class Train(_Block):
     bias: bool = Field(True, description="biases")
 
 
+class GranularityRule(_Block):
+    """A granularity for some output tensors, in the manner of mergekit's parameters."""
+
+    value: Granularity
+    filter: str | None = Field(None, description="part of the tensors' names; default: all")
+
+
 class Settings(_Block):
     """The `dam:` block."""
 
@@ -99,8 +107,15 @@ class Settings(_Block):
     formula: Formula = Field(
         "weights", description="`weights`: Σ c·W; `task_vectors`: W_base + Σ c·(W - W_base)"
     )
-    granularity: Granularity = Field(
-        "column", description="one coefficient for each `column`, `row`, `tensor` or `element`"
+    sparsify: Sparsify = Field(
+        "task_arithmetic",
+        description="with `task_vectors`: they are prepared as this method of mergekit's does it, "
+        "with its own parameters (`weight`, `density`, ...); `task_arithmetic` takes them whole",
+    )
+    granularity: Granularity | tuple[GranularityRule, ...] = Field(
+        "column",
+        description="one coefficient for each `column`, `row`, `tensor` or `element`; or a list "
+        "of `{filter, value}`, of which the first that matches a tensor's name counts",
     )
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")
@@ -153,12 +168,25 @@ class Settings(_Block):
             raise ValueError("give `steps` or `epochs`, not both")
         return self
 
+    @pydantic.model_validator(mode="after")
+    def _sparsifies_task_vectors(self) -> "Settings":
+        if self.sparsify != "task_arithmetic" and self.formula != "task_vectors":
+            raise ValueError(f"`sparsify: {self.sparsify}` needs `formula: task_vectors`")
+        return self
+
     @pydantic.field_validator("train")
     @classmethod
     def _some_kind(cls, train: Train) -> Train:
         if not any(value for _, value in train):
             raise ValueError("leaves no kind of tensor to train: switch one on")
         return train
+
+    def granularity_of(self, name: str) -> Granularity:
+        """Of one output tensor; `column` where no rule matches."""
+        if isinstance(self.granularity, str):
+            return self.granularity
+        matching = (r for r in self.granularity if r.filter in (None, "*") or r.filter in name)
+        return next((rule.value for rule in matching), "column")
 
     @property
     def max_steps(self) -> int:

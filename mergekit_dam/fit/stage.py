@@ -1,6 +1,5 @@
 """The fit, from a recipe to the coefficient file."""
 
-import json
 import os
 import shutil
 from dataclasses import asdict, dataclass
@@ -11,7 +10,6 @@ import datasets
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
-from torch import Tensor
 
 import mergekit_dam
 from mergekit_dam import coefficients as files
@@ -21,11 +19,13 @@ from mergekit_dam.data import SourceData, StepRows, load_rows
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.trainer import build_trainer, history, is_main_process, last_checkpoint
-from mergekit_dam.formula import coefficient_shape
-from mergekit_dam.model import MergedModel, Role, Skeleton, SourceWeights, build_skeleton
+from mergekit_dam.fit.resume import find_checkpoint
+from mergekit_dam.fit.start import prepare_as, start, trained_tensors
+from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
+from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, load_tokenizer, plan_merge, plan_source
 from mergekit_dam.sources import describe
+from mergekit_dam.task_vectors import Preparation
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def fit(
     prepared = prepare(recipe, options, device=device)
     if resume and is_fitted(out, prepared.header):
         return files.open_file(out).header
-    checkpoint = _checkpoint(folder, _identity(prepared), resume=resume)
+    checkpoint = find_checkpoint(folder, _identity(prepared), resume=resume)
     header = _train(prepared, folder, checkpoint, quiet=options.quiet)
     if is_main_process():
         files.save(out, prepared.merged.coefficients(), header)
@@ -71,8 +71,13 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula)
     data = load_data(settings, plan)
-    needs_base = settings.formula == "task_vectors"
-    weights = SourceWeights(plan, needs_base=needs_base, device=device)
+    preparation = prepare_as(plan, settings)
+    weights = SourceWeights(
+        plan,
+        needs_base=settings.formula == "task_vectors",
+        preparation=preparation,
+        device=device,
+    )
     dtype = _compute_dtype(settings, weights, device)
     skeleton = build_skeleton(
         plan.model_config,
@@ -83,12 +88,12 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
     merged = MergedModel(
         skeleton,
         weights,
-        average(skeleton, weights, settings, len(plan.sources)),
+        start(plan, skeleton, weights, settings),
         trained_tensors(skeleton, settings),
         dtype,
         _teachers(recipe, plan, dtype, device),
     ).to(device)
-    return Fit(settings, plan, merged, data, _header(recipe, plan))
+    return Fit(settings, plan, merged, data, _header(recipe, plan, preparation))
 
 
 def _teachers(
@@ -138,35 +143,6 @@ def _require_known(data: SourceData, plan: Plan, source: ModelReference) -> None
         )
 
 
-def average(
-    skeleton: Skeleton, weights: SourceWeights, settings: Settings, sources: int
-) -> dict[str, Tensor]:
-    """The plain average of the sources that have each tensor: output tensor -> [N, *B].
-
-    A source without an optional tensor has zeros there, and keeps them.
-    """
-    result = {}
-    for name in weights.names():
-        stack = weights[name]
-        # A tensor that the model does not use (its coefficients stay as they are) is a vector
-        # or a matrix like any other.
-        role = skeleton.roles.get(name, Role("linear", tuple(stack.shape)))
-        shape = coefficient_shape(
-            stack.shape,
-            settings.granularity,
-            input_axis=role.input_axis,
-            bias=role.kind == "bias",
-        )
-        result[name] = torch.zeros(sources, *shape)
-        result[name][list(stack.rows)] = 1 / len(stack.rows)
-    return result
-
-
-def trained_tensors(skeleton: Skeleton, settings: Settings) -> set[str]:
-    """The output tensors of the kinds that `dam.train` leaves switched on."""
-    return {name for name, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
-
-
 def is_fitted(out: str, header: files.Header) -> bool:
     """Whether `out` is the finished result of this very fit."""
     if not Path(out).exists():
@@ -179,7 +155,8 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
     settings, merged = prepared.settings, prepared.merged
     held_out = [source.held_out for source in prepared.data]
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
-    before = evaluate(merged, held_out, settings.batch_size, known)
+    with merged.as_average():
+        before = evaluate(merged, held_out, settings.batch_size, known)
     losses: list[dict[str, Any]] = []
     if settings.max_steps:
         trainer = build_trainer(
@@ -212,7 +189,7 @@ def _require_finite(merged: MergedModel, folder: Path) -> None:
             )
 
 
-def _header(recipe: Recipe, plan: Plan) -> files.Header:
+def _header(recipe: Recipe, plan: Plan, preparation: Preparation | None) -> files.Header:
     settings, merge = recipe.settings, recipe.merge
     tokenizer = merge.tokenizer or merge.tokenizer_source
     if hasattr(tokenizer, "model_dump"):
@@ -220,9 +197,10 @@ def _header(recipe: Recipe, plan: Plan) -> files.Header:
     return files.Header(
         package=mergekit_dam.__version__,
         formula=settings.formula,
-        granularity=settings.granularity,
+        granularity=settings.granularity if isinstance(settings.granularity, str) else "mixed",
         sources=tuple(describe(source) for source in plan.sources),
         base=describe(plan.base) if settings.formula == "task_vectors" else None,
+        preparation=preparation,
         tokenizer=tokenizer,
         settings=settings.model_dump(mode="json", exclude_none=True),
     )
@@ -237,30 +215,6 @@ def _identity(prepared: Fit) -> dict[str, Any]:
         "data": [source.digest() for source in prepared.data],
         "tensors": {n: list(c.shape) for n, c in prepared.merged.coefficients().items()},
     }
-
-
-def _checkpoint(folder: Path, identity: dict[str, Any], *, resume: bool) -> str | None:
-    """The checkpoint to go on from. Raises DamError rather than lose or mix up an earlier fit."""
-    record = folder / "fit.json"
-    last = last_checkpoint(folder)
-    if last is not None and not resume:
-        raise DamError(
-            f"{folder} holds checkpoints of a fit that was interrupted: continue it with "
-            "--resume, or remove the folder to start over."
-        )
-    if last is not None:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        changed = sorted(key for key in identity if identity[key] != earlier.get(key))
-        if changed:
-            raise DamError(
-                f"{folder} was begun with other settings ({', '.join(changed)}): restore them to "
-                "resume, or remove the folder to start over."
-            )
-        return last
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity), encoding="utf-8")
-    return None
 
 
 def _device(name: str) -> str:

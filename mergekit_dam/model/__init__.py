@@ -2,6 +2,6 @@
 
 from mergekit_dam.model.merged import MergedModel
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
-from mergekit_dam.model.weights import SourceWeights
+from mergekit_dam.model.weights import SourceWeights, Stack
 
-__all__ = ["MergedModel", "Role", "Skeleton", "SourceWeights", "build_skeleton"]
+__all__ = ["MergedModel", "Role", "Skeleton", "SourceWeights", "Stack", "build_skeleton"]

@@ -8,8 +8,9 @@ skeleton with one source's own tensors in place of the merged ones; it costs no 
 """
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,8 @@ from torch.utils.checkpoint import checkpoint
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import alignment, combine
-from mergekit_dam.model.skeleton import Skeleton
+from mergekit_dam.model.assembly import Assembly
+from mergekit_dam.model.skeleton import Skeleton, set_places
 from mergekit_dam.model.weights import SourceWeights
 
 
@@ -41,7 +43,7 @@ class MergedModel(nn.Module):
             self.register_parameter(self._names[name], parameter)
         self._weights, self._dtype = weights, dtype
         self._teachers = dict(teachers or {})
-        self._source: int | None = None  # whose weights the blocks get; None: the merged ones
+        self._view: int | Literal["merge", "average"] = "merge"  # whose weights the blocks get
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (_with_made_weights(skeleton, self._make, self._recomputes),)
 
@@ -57,10 +59,11 @@ class MergedModel(nn.Module):
         return {name: c for name, c in self.coefficients().items() if c.requires_grad}
 
     def _apply(self, fn, recurse=True):
-        """`.to(device)` takes the skeleton's buffers along, which are no buffers of ours."""
+        """`.to(device)` takes the skeleton's buffers and places along, which are none of ours."""
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else fn(buffer)
+        set_places(self.model, fn(torch.zeros(())).device)
         for teacher in self._teachers.values():
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -87,9 +90,10 @@ class MergedModel(nn.Module):
         result = []
         for name, c in self.trained_coefficients().items():
             stack = self._weights[name]
+            parts, base = stack.parts
             cosines = [
-                alignment(first, second, stack.base, c.shape[1:])
-                for first, second in itertools.combinations(stack.sources, 2)
+                alignment(first, second, base, c.shape[1:])
+                for first, second in itertools.combinations(parts, 2)
             ]
             squares = torch.stack(cosines).square() if cosines else c.new_zeros(0, *c.shape[1:])
             result.append(4 * squares * (1 - squares))
@@ -107,28 +111,37 @@ class MergedModel(nn.Module):
         """
         if source in self._teachers:
             return self._teachers[source].teach(0, input_ids)
-        with self._weights_of(source):
+        with self._seen_as(source):
             return self(input_ids)
 
+    def as_average(self):
+        """A context in which the model is the plain average of its sources."""
+        return self._seen_as("average")
+
     @contextmanager
-    def _weights_of(self, source: int):
-        self._source = source
+    def _seen_as(self, view):
+        before, self._view = self._view, view
         try:
             yield
         finally:
-            self._source = None
+            self._view = before
 
     def _recomputes(self) -> bool:
-        return self._source is None and torch.is_grad_enabled()
+        return self._view == "merge" and torch.is_grad_enabled()
 
     def _make(self, name: str) -> Tensor:
-        """One weight, merged or a source's, in the dtype of the forward pass."""
-        if self._source is None:
+        """One weight of the present view, in the dtype of the forward pass."""
+        if self._view == "merge":
             return self.merged_weight(name).to(self._dtype)
-        weight = self._weights[name].source(self._source)
+        stack = self._weights[name]
+        if self._view == "average":
+            share = torch.full((len(stack.rows), *[1] * len(stack.shape)), 1 / len(stack.rows))
+            share = share.to(stack.sources[0].device)
+            return combine(share, stack.sources, dtype=stack.dtype).to(self._dtype)
+        weight = stack.source(self._view)
         if weight is None:
             raise DamError(
-                f"Source number {self._source + 1} has no tensor {name}, which the merged model "
+                f"Source number {self._view + 1} has no tensor {name}, which the merged model "
                 "needs, so it cannot teach: leave it out, or give it as the base alone."
             )
         return weight.to(self._dtype)
@@ -139,9 +152,8 @@ class MergedModel(nn.Module):
         if len(stack.rows) < len(coefficients):
             coefficients = coefficients[list(stack.rows)]
         if torch.finfo(stack.dtype).bits >= torch.finfo(self._dtype).bits:
-            return combine(coefficients, stack.sources, stack.base, stack.dtype)
-        weight = combine(coefficients, stack.sources, stack.base, self._dtype)
-        return _StraightThrough.apply(weight, stack.dtype)
+            return stack.merge(coefficients, stack.dtype)
+        return _StraightThrough.apply(stack.merge(coefficients, self._dtype), stack.dtype)
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -162,13 +174,16 @@ class _Block(nn.Module):
     def __init__(
         self,
         block: nn.Module,
-        tensors: Mapping[str, str],  # the block's parameters -> output tensors
+        path: str,  # its name in the skeleton
+        tensors: Mapping[str, str],  # the block's parameters and buffers -> output tensors
+        assemblies: Sequence[Assembly],  # of its other parameters
         make: Callable[[str], Tensor],
         recomputes: Callable[[], bool],
     ):
         super().__init__()
-        self.block = block
-        self._tensors, self._make, self._recomputes = dict(tensors), make, recomputes
+        self.block, self._path = block, path
+        self._tensors, self._assemblies = dict(tensors), tuple(assemblies)
+        self._make, self._recomputes = make, recomputes
 
     def __getattr__(self, name: str):
         try:
@@ -185,6 +200,9 @@ class _Block(nn.Module):
 
     def _run(self, *args, **kwargs):
         weights = {local: self._make(name) for local, name in self._tensors.items()}
+        for assembly in self._assemblies:
+            made = assembly({name: self._make(name) for name in assembly.names})
+            weights |= {name.removeprefix(f"{self._path}."): w for name, w in made.items()}
         return functional_call(self.block, weights, args, kwargs, tie_weights=False)
 
 
@@ -192,17 +210,19 @@ def _with_made_weights(
     skeleton: Skeleton, make: Callable[[str], Tensor], recomputes: Callable[[], bool]
 ) -> nn.Module:
     """Put a `_Block` in the place of every block of the skeleton."""
-    covered = set()
+    missing = set(skeleton.tensors) | {p for a in skeleton.assemblies for p in a.parameters}
     for path, block in list(skeleton.blocks()):
-        local = [name for name, _ in block.named_parameters(remove_duplicate=False)]
-        tensors = {name: skeleton.tensors[f"{path}.{name}"] for name in local}
-        covered.update(f"{path}.{name}" for name in local)
+        own = {name for name in missing if name.startswith(f"{path}.")}
+        tensors = {
+            name.removeprefix(f"{path}."): skeleton.tensors[name]
+            for name in own & skeleton.tensors.keys()
+        }
+        assemblies = [a for a in skeleton.assemblies if own.issuperset(a.parameters)]
+        missing -= own
         parent, _, child = path.rpartition(".")
-        setattr(
-            skeleton.model.get_submodule(parent), child, _Block(block, tensors, make, recomputes)
-        )
+        wrapped = _Block(block, path, tensors, assemblies, make, recomputes)
+        setattr(skeleton.model.get_submodule(parent), child, wrapped)
     # A parameter without a value would compute with uninitialised memory, silently.
-    missing = set(skeleton.tensors) - covered
     if missing:
         raise DamError(f"The fit gives no weights to {', '.join(sorted(missing))} of the model.")
     return skeleton.model

@@ -16,6 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.model.assembly import Assemblies, Assembly, assemble
 
 Kind = Literal["linear", "embedding", "norm", "bias"]
 
@@ -31,11 +32,16 @@ class Role:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """A model on the meta device, its buffers real."""
+    """A model whose parameters are places without storage, its buffers real.
+
+    Buffers that a checkpoint holds (the correction biases of routers) are output tensors too.
+    They have no role, because nothing trains them: their coefficients keep the start.
+    """
 
     model: PreTrainedModel
-    tensors: dict[str, str]  # parameter -> output tensor; tied parameters share one
+    tensors: dict[str, str]  # parameter or buffer -> output tensor; tied parameters share one
     roles: dict[str, Role]  # output tensor -> its role
+    assemblies: tuple[Assembly, ...] = ()  # of the parameters that are no single output tensor
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts whose weights are made together, with their full names."""
@@ -65,34 +71,69 @@ def build_skeleton(
             "it; update transformers, or allow the model's own code with --trust-remote-code."
         ) from error
     model.eval()
-    tensors = _output_names(model, output_tensors, architecture)
-    owners = dict(_owners(model))
-    roles = {}
-    for parameter, name in tensors.items():
-        roles.setdefault(name, _role(parameter, *owners[parameter]))
-    return Skeleton(model=model, tensors=tensors, roles=roles)
+    assemblies = assemble(model, output_tensors)
+    tensors = _output_names(model, assemblies, architecture)
+    skeleton = Skeleton(
+        model=model,
+        tensors=tensors,
+        roles=_roles(model, tensors, assemblies),
+        assemblies=tuple(assemblies.composed),
+    )
+    set_places(model, torch.device("cpu"))
+    return skeleton
+
+
+def set_places(model: nn.Module, device: torch.device) -> None:
+    """Parameters that have a shape and a device, no storage, and NaN for a value.
+
+    Models ask a weight for its device and send their inputs there: on the meta device these
+    would be lost. And a weight that nobody gives computes with NaN, not with what is in memory.
+    """
+    for module in model.modules():
+        for name, place in module._parameters.items():
+            if place is not None:
+                nan = torch.full((), torch.nan, dtype=place.dtype, device=device)
+                module._parameters[name] = nn.Parameter(nan.expand(place.shape), False)
 
 
 def _output_names(
-    model: PreTrainedModel, output_tensors: Collection[str], architecture: str
+    model: PreTrainedModel, assemblies: Assemblies, architecture: str
 ) -> dict[str, str]:
-    """For every parameter, tied ones too, the output tensor that holds it.
+    """For every parameter that is one output tensor, tied ones too, that tensor's name; also for
+    every buffer that a checkpoint holds.
 
     Without storage a tied head is a parameter of its own, so the sharing is made explicit here.
     """
-    tied = model.all_tied_weights_keys
+    tied, direct = model.all_tied_weights_keys, assemblies.direct
+    composed = {name for assembly in assemblies.composed for name in assembly.parameters}
     names = {}
-    for parameter, _ in model.named_parameters(remove_duplicate=False):
-        name = tied.get(parameter, parameter)
-        if name not in output_tensors:
-            name = parameter
-        if name not in output_tensors:
+    for name, value in model.state_dict().items():
+        if name in composed or not value.is_floating_point():  # integers are copied, not merged
+            continue
+        source = direct.get(tied.get(name, name)) or direct.get(name)
+        if source is None:
             raise DamError(
-                f"The merge writes no tensor for {parameter} of {architecture}: mergekit's "
+                f"The merge writes no tensor for {name} of {architecture}: mergekit's "
                 "description of this architecture and transformers' differ, so it cannot be fitted."
             )
-        names[parameter] = name
+        names[name] = source
     return names
+
+
+def _roles(
+    model: PreTrainedModel, tensors: dict[str, str], assemblies: Assemblies
+) -> dict[str, Role]:
+    """Output tensor -> what it is in the model."""
+    owners, roles = dict(_owners(model)), {}
+    for parameter, name in tensors.items():
+        if parameter in owners:  # not a buffer
+            module, value = owners[parameter]
+            roles.setdefault(name, _role(parameter, module, tuple(value.shape)))
+    for assembly in assemblies.composed:
+        module, _ = owners[assembly.target]
+        for name, shape in assembly.shapes.items():
+            roles[name] = _role(name, module, shape, is_transposed=assembly.is_transposing)
+    return roles
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, torch.Tensor]]]:
@@ -101,15 +142,19 @@ def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, torch.Tens
             yield f"{prefix}.{name}" if prefix else name, (module, parameter)
 
 
-def _role(name: str, module: nn.Module, parameter: torch.Tensor) -> Role:
-    shape = tuple(parameter.shape)
+def _role(
+    name: str, module: nn.Module, shape: tuple[int, ...], *, is_transposed: bool = False
+) -> Role:
+    """The role of a tensor whose owner keeps it as [out, in], unless `is_transposed`."""
     if name.rpartition(".")[2].endswith("bias"):
         return Role("bias", shape)
     if isinstance(module, nn.Embedding):
         return Role("embedding", shape)
-    if parameter.ndim < 2:
+    if len(shape) < 2:
         return Role("norm", shape)
-    return Role("linear", shape, input_axis=-2 if isinstance(module, Conv1D) else -1)
+    # Some experts keep [experts, in, out], and say so.
+    is_transposed ^= isinstance(module, Conv1D) or getattr(module, "is_transposed", False)
+    return Role("linear", shape, input_axis=-2 if is_transposed else -1)
 
 
 def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

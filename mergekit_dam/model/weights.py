@@ -1,13 +1,17 @@
 """The sources' weights, gathered by mergekit, held on one device."""
 
+import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.compatible import differ_in_vocabulary
 from mergekit_dam.errors import DamError
+from mergekit_dam.formula import combine
 from mergekit_dam.plan import OutputTensor, Plan
+from mergekit_dam.task_vectors import Preparation, prepare
 
 
 @dataclass(frozen=True)
@@ -17,11 +21,22 @@ class Stack:
     sources: tuple[Tensor, ...]  # of the sources that have this tensor
     rows: tuple[int, ...]  # those sources' rows in the coefficients
     base: Tensor | None  # of task vectors
+    prepared: tuple[Tensor, ...] | None  # the D_i, where they are sparsified
     dtype: torch.dtype  # in which the merge writes the result
 
     @property
     def shape(self) -> torch.Size:
         return self.sources[0].shape
+
+    @property
+    def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What the coefficients scale, and what is to be subtracted from it before."""
+        return (self.sources, self.base) if self.prepared is None else (self.prepared, None)
+
+    def merge(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
+        """The formula for coefficients [n, *B] of the n sources here."""
+        parts, _ = self.parts
+        return combine(coefficients, parts, self.base, dtype, prepared=self.prepared is not None)
 
     def source(self, row: int) -> Tensor | None:
         """The tensor of one source, None where it has none."""
@@ -31,7 +46,15 @@ class Stack:
 class SourceWeights:
     """All stacks of a plan. On the CPU they stay the memory-mapped files of the checkpoints."""
 
-    def __init__(self, plan: Plan, *, needs_base: bool, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        needs_base: bool,
+        preparation: Preparation | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self._preparation = preparation
         self._stacks: dict[str, Stack] = {}
         self.buffers: dict[str, Tensor] = {}  # integer tensors, which are copied, not merged
         for name, inputs in plan.load(plan.tensors):
@@ -53,7 +76,14 @@ class SourceWeights:
                 f"The base model {plan.base} has no tensor {output.name}, which "
                 "`formula: task_vectors` subtracts: use `formula: weights`."
             )
-        self._stacks[output.name] = Stack(sources, rows, base, _merged_dtype(output, tensors))
+        prepared = None
+        if self._preparation is not None:
+            aligned = [source.to(_promoted(tensors)) for source in sources]
+            prepared = tuple(
+                prepare(output.name, aligned, rows, base.to(aligned[0].dtype), self._preparation)
+            )
+        dtype = output.out_dtype or _promoted(tensors)
+        self._stacks[output.name] = Stack(sources, rows, base, prepared, dtype)
 
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]
@@ -66,14 +96,9 @@ class SourceWeights:
         return self._stacks.keys()
 
 
-def _merged_dtype(output: OutputTensor, tensors: dict) -> torch.dtype:
-    """mergekit promotes the inputs to one dtype, and casts on saving where the YAML says so."""
-    if output.out_dtype is not None:
-        return output.out_dtype
-    dtype = next(iter(tensors.values())).dtype
-    for tensor in tensors.values():
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
+def _promoted(tensors: dict) -> torch.dtype:
+    """mergekit promotes a tensor's inputs to one dtype."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors.values()))
 
 
 def _require_one_shape(name: str, plan: Plan, tensors: dict) -> None:
@@ -81,6 +106,6 @@ def _require_one_shape(name: str, plan: Plan, tensors: dict) -> None:
     if len(set(shapes.values())) > 1:
         listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
         remedy = "choose models of one architecture and size"
-        if plan.tensors[name].vocabulary_axis is not None:
+        if differ_in_vocabulary(shapes.values(), plan.tensors[name].vocabulary_axis):
             remedy = "align the vocabularies, for example with `tokenizer: {source: union}`"
         raise DamError(f"The sources' shapes of {name} differ ({listed}): {remedy}.")

@@ -1,0 +1,126 @@
+"""Sources that mergekit cannot put together, told apart by their configs alone.
+
+mergekit refuses them too; here the sentence names the models and the remedy.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+
+from mergekit.architecture import ModelArchitecture, arch_info_for_config
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+from transformers import PretrainedConfig
+
+from mergekit_dam.errors import DamError
+
+
+def require_compatible(merge: MergeConfiguration, options: MergeOptions) -> None:
+    """Raise DamError for a source listed twice, for other architectures and other depths.
+
+    Shapes are not compared: they are in the weights' headers, which `check` reads.
+    """
+    lists = list(_input_lists(merge))
+    for models in lists:
+        _require_distinct(models)
+    base = [merge.base_model] if merge.base_model else []
+    try:
+        configs = {
+            model: model.config(trust_remote_code=options.trust_remote_code)
+            for model in [*itertools.chain(*lists), *base]
+        }
+        architectures = {model: arch_info_for_config(config) for model, config in configs.items()}
+    except Exception:  # a model that cannot be opened is named by the planning
+        return
+    if not all(architectures.values()):  # mergekit infers one from the tensors' names
+        return
+    if not options.allow_crimes:
+        _require_one_architecture(configs, architectures)
+    for name, models in _whole_models(merge, next(iter(architectures.values()))):
+        _require_one_depth(name, {model: configs[model] for model in models}, architectures)
+
+
+def differ_in_vocabulary(shapes: Iterable[Sequence[int]], axis: int | None) -> bool:
+    """Whether shapes of one tensor differ in the size of the vocabulary, and in nothing else."""
+    return axis is not None and len({(*s[:axis], *s[axis + 1 :]) for s in shapes}) == 1
+
+
+def _input_lists(merge: MergeConfiguration) -> Iterator[Sequence[ModelReference]]:
+    """The models whose tensors go into one output tensor together."""
+    for part in (merge, *(merge.modules or {}).values()):
+        yield [entry.model for entry in part.models or ()]
+        for piece in part.slices or ():
+            yield [source.model for source in piece.sources]
+
+
+def _require_distinct(models: Sequence[ModelReference]) -> None:
+    twice = next((model for model in models if models.count(model) > 1), None)
+    if twice is not None:
+        raise DamError(
+            f"The model {twice} is listed twice, and mergekit takes every source once: keep one "
+            "entry, to which the fit can give as much weight as two."
+        )
+
+
+def _require_one_architecture(
+    configs: dict[ModelReference, PretrainedConfig],
+    architectures: dict[ModelReference, ModelArchitecture],
+) -> None:
+    first, *others = architectures
+    other = next((model for model in others if architectures[model] != architectures[first]), None)
+    if other is None:
+        return
+    example = _example(architectures, first, other, configs)
+    remedy = "choose models of one architecture"
+    if not example:
+        remedy = "their tensors have the same names, so --allow-crimes may merge them"
+    raise DamError(
+        f"The models have different architectures ({first} is {configs[first].architectures[0]}, "
+        f"{other} is {configs[other].architectures[0]}{example}): {remedy}."
+    )
+
+
+def _example(architectures, first: ModelReference, other: ModelReference, configs) -> str:
+    """A tensor that one of two architectures has and the other lacks, if there is one."""
+    names = {
+        model: {w.name for w in architectures[model].all_weights(configs[model]) if not w.optional}
+        for model in (first, other)
+    }
+    for one, two in ((first, other), (other, first)):
+        for name in sorted(names[one] - names[two]):
+            return f", and only {one} has {name}"
+    return ""
+
+
+def _whole_models(
+    merge: MergeConfiguration, architecture: ModelArchitecture
+) -> Iterator[tuple[str, Iterable[ModelReference]]]:
+    """The name of each module that is merged with all its layers, and the models it takes."""
+    base = [merge.base_model] if merge.base_model else []
+    if merge.models:
+        for name in architecture.modules:
+            yield name, dict.fromkeys([entry.model for entry in merge.models] + base)
+    for name, module in (merge.modules or {}).items():
+        if module.models and name in architecture.modules:
+            yield name, dict.fromkeys([entry.model for entry in module.models] + base)
+
+
+def _require_one_depth(
+    module: str,
+    configs: dict[ModelReference, PretrainedConfig],
+    architectures: dict[ModelReference, ModelArchitecture],
+) -> None:
+    depths = {
+        model: architectures[model].modules[module].architecture.num_layers(config)
+        for model, config in configs.items()
+    }
+    shallow, deep = min(depths, key=depths.get), max(depths, key=depths.get)
+    if depths[shallow] == depths[deep]:
+        return
+    architecture = architectures[deep].modules[module].architecture
+    name = architecture.layer_weights(depths[shallow], configs[deep])[0].name
+    raise DamError(
+        f"The models have different numbers of layers ({deep} has {depths[deep]}, {shallow} "
+        f"{depths[shallow]} and no {name}): choose models of one size, or the layers to take "
+        "from each with `slices:`."
+    )

@@ -1,0 +1,250 @@
+"""All kinds of sources, each fitted, merged by stock mergekit-yaml and loaded strictly."""
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from commands import refusal, run
+from mergekit.io import LazyTensorLoader
+from safetensors.torch import load_file, save_file
+from test_merge import fitted, same, weights
+
+LLAMA = tiny.CONFIGS["llama"]
+
+
+def llama(**sizes: int) -> transformers.LlamaConfig:
+    return transformers.LlamaConfig(**tiny.SIZES | sizes)
+
+
+def shard(folder: Path, size: str = "4KB") -> Path:
+    """The same checkpoint in several files."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size=size)
+    assert len(list(folder.glob("*.safetensors"))) > 2
+    return folder
+
+
+def pickle(folder: Path) -> Path:
+    """The same checkpoint as an older transformers saved it."""
+    path = folder / "model.safetensors"
+    torch.save({k: v.clone() for k, v in load_file(path).items()}, folder / "pytorch_model.bin")
+    path.unlink()
+    return folder
+
+
+@pytest.fixture
+def merged(recipe, tmp_path) -> Callable[..., Path]:
+    """Fits, merges with mergekit-yaml, and compares the loaded model's logits with the fit's."""
+
+    def call(models: Sequence[Path], *flags: str, **keys) -> Path:
+        path = recipe(list(models), **keys)
+        run("mergekit-dam", "check", path, *flags)
+        logits = fitted(path, tmp_path)
+        run("mergekit-yaml", path, tmp_path / "out", "--quiet", *flags)
+        torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+        return tmp_path / "out"
+
+    return call
+
+
+def dtypes(folder: Path) -> set[torch.dtype]:
+    return {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()}
+
+
+# ---- kinds of sources
+
+
+@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
+def test_mixed_dtypes(merged, tmp_path, dtype):
+    """Without `dtype` mergekit brings all to the widest."""
+    kinds = (torch.bfloat16, torch.float32, torch.float16)
+    models = [tiny.save_model(tmp_path / str(kind), LLAMA, i, kind) for i, kind in enumerate(kinds)]
+    out = merged(models, dtype=dtype)
+    assert dtypes(out) == {getattr(torch, dtype or "float32")}
+
+
+@pytest.mark.parametrize("keys", [{"dtype": "float16"}, {"dtype": None},
+                                  {"dtype": "float32", "out_dtype": "float16"}])  # fmt: skip
+def test_float16(merged, tmp_path, keys):
+    out = merged(tiny.save_models(tmp_path, LLAMA, 2, torch.float16), **keys)
+    assert dtypes(out) == {torch.float16}
+
+
+def test_sharded_checkpoints(merged, tmp_path):
+    whole, *others = tiny.save_models(tmp_path, LLAMA, 3)
+    merged([whole, shard(others[0]), shard(others[1], "7KB")])
+
+
+@pytest.mark.parametrize("flags", [(), ("--lazy-unpickle",)])
+@pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
+def test_bin_checkpoints(merged, tmp_path, architecture, flags):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS[architecture], 2)
+    merged(map(pickle, models), *flags)
+
+
+def test_bin_beside_safetensors(merged, tmp_path):
+    first, second, third = tiny.save_models(tmp_path, LLAMA, 3)
+    merged([pickle(first), second, shard(third)])
+
+
+def test_sharded_bin_checkpoints(merged, tmp_path):
+    models = tiny.save_models(tmp_path, LLAMA, 2)
+    for model in models:
+        split_bin(pickle(model))
+    merged(models)
+
+
+def split_bin(folder: Path) -> None:
+    tensors = torch.load(folder / "pytorch_model.bin")
+    (folder / "pytorch_model.bin").unlink()
+    weight_map = {}
+    for number, name in enumerate(sorted(tensors)):
+        file = f"pytorch_model-{number % 2 + 1:05}-of-00002.bin"
+        weight_map[name] = file
+    for file in set(weight_map.values()):
+        torch.save({n: t for n, t in tensors.items() if weight_map[n] == file}, folder / file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+
+
+def test_one_source(merged, tmp_path):
+    merged(tiny.save_models(tmp_path, LLAMA, 1))
+
+
+def test_ten_sources(merged, tmp_path):
+    merged(tiny.save_models(tmp_path, LLAMA, 10), rows=8)
+
+
+def test_a_base_that_is_also_a_source(merged, tmp_path):
+    models = tiny.save_models(tmp_path, LLAMA, 3)
+    merged(models, base_model=str(models[1]))
+
+
+def test_two_copies_of_one_source(merged, tmp_path):
+    """What to do for a model with two sets of data."""
+    models = tiny.save_models(tmp_path, LLAMA, 2)
+    merged([*models, Path(shutil.copytree(models[0], tmp_path / "copy"))])
+
+
+# ---- refused before any weight is loaded
+
+
+@pytest.fixture
+def check(recipe, monkeypatch) -> Callable[..., str]:
+    """The message with which `check` refuses; nothing may ask for a tensor."""
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", None)
+
+    def call(sources: Sequence[Path], **keys) -> str:
+        return refusal("mergekit-dam", "check", recipe(list(sources), **keys))
+
+    return call
+
+
+@pytest.fixture(params=["safetensors", "bin"])
+def save(request, tmp_path) -> Callable[..., Path]:
+    def call(config: transformers.PretrainedConfig, seed: int) -> Path:
+        folder = tiny.save_model(tmp_path / f"m{seed}", config, seed)
+        return pickle(folder) if request.param == "bin" else folder
+
+    return call
+
+
+def test_a_source_listed_twice(check, recipe, tmp_path):
+    first, second = tiny.save_models(tmp_path, LLAMA, 2)
+    message = check([first, second, first])
+    assert f"{first} is listed twice" in message
+    assert "keep one" in message
+    path = recipe([first, second])
+    document = yaml.safe_load(path.read_text())
+    document["models"] += document["models"][:1]
+    path.write_text(yaml.safe_dump(document))
+    for command in ("check", "fit"):
+        assert f"{first} is listed twice" in refusal("mergekit-dam", command, path)
+
+
+def test_a_source_twice_in_one_slice(check, tmp_path):
+    (model,) = tiny.save_models(tmp_path, LLAMA, 1)
+    entry = {"model": str(model), "layer_range": [0, 2]}
+    message = check([model], models=None, slices=[{"sources": [entry, entry]}])
+    assert f"{model} is listed twice" in message
+
+
+@pytest.mark.parametrize("other", ["qwen2", "gpt2"])
+def test_another_architecture(check, save, other):
+    first, second = save(LLAMA, 0), save(tiny.CONFIGS[other], 1)
+    message = check([first, second])
+    assert f"{first} is LlamaForCausalLM" in message
+    assert tiny.CONFIGS[other].model_type in message.lower()
+    assert ".weight" in message or ".bias" in message
+    assert "choose models of one architecture" in message
+
+
+def test_another_name_for_one_architecture(check, recipe, tmp_path):
+    """A Mistral's tensors are a Llama's."""
+    first = tiny.save_model(tmp_path / "llama", LLAMA, 0)
+    second = tiny.save_model(tmp_path / "mistral", transformers.MistralConfig(**tiny.SIZES), 1)
+    assert "--allow-crimes" in check([first, second])
+
+
+def test_crimes(recipe, tmp_path):
+    first = tiny.save_model(tmp_path / "llama", LLAMA, 0)
+    second = tiny.save_model(tmp_path / "mistral", transformers.MistralConfig(**tiny.SIZES), 1)
+    path = recipe([first, second], base_model=str(first))
+    run("mergekit-dam", "run", path, tmp_path / "ours", "--quiet", "--allow-crimes")
+    run("mergekit-yaml", path, tmp_path / "stock", "--quiet", "--allow-crimes")
+    assert same(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
+    tiny.load(tmp_path / "stock")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "tensor"),
+    [
+        ({"hidden_size": 32}, "model.embed_tokens.weight"),
+        ({"intermediate_size": 40}, "model.layers.0.mlp"),
+        ({"num_attention_heads": 4, "head_dim": 8}, "model.layers.0.self_attn"),
+    ],
+    ids=["hidden", "intermediate", "heads"],
+)
+def test_another_width(check, save, sizes, tensor):
+    message = check([save(LLAMA, 0), save(llama(**sizes), 1)])
+    assert f"shapes of {tensor}" in message
+    assert "one architecture and size" in message
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("role", ["source", "base"])
+def test_another_number_of_layers(check, save, layers, role):
+    first, second = save(LLAMA, 0), save(llama(num_hidden_layers=layers), 1)
+    keys = {"base_model": str(second)} if role == "base" else {}
+    message = check([first] if keys else [first, second], **keys)
+    assert f"{second} has {layers}" in message or f"{second} {layers}" in message
+    assert f"model.layers.{min(layers, 2)}." in message
+    assert "slices" in message
+
+
+def test_another_vocabulary(check, save):
+    message = check([save(LLAMA, 0), save(llama(vocab_size=50), 1)])
+    assert "model.embed_tokens.weight" in message
+    assert "tokenizer" in message
+
+
+def test_missing_weights_of_one_layer(check, save):
+    """A config that promises more than the weights hold."""
+    first, second = save(LLAMA, 0), save(LLAMA, 1)
+    name = "model.layers.1.mlp.up_proj.weight"
+    for file, load, write in (
+        ("model.safetensors", load_file, save_file),
+        ("pytorch_model.bin", torch.load, torch.save),
+    ):
+        if (second / file).exists():
+            tensors = {k: v.clone() for k, v in load(second / file).items() if k != name}
+            write(tensors, second / file)
+    message = check([first, second])
+    assert f"{second} has no tensor {name}" in message
