@@ -46,8 +46,49 @@ mergekit's part too it refuses a key that nobody reads, which mergekit itself wo
 Relative paths, `coefficients` among them, resolve against the working directory, as mergekit's
 do, not against the folder of the YAML file.
 
-The method has one parameter of its own, `coefficients`. Parameters of other methods, such as
-`weight` and `density`, are refused.
+The method has one parameter of its own, `coefficients`. Those of mergekit's other methods keep
+their meaning, so that an existing config needs another `merge_method` and a `dam:` block:
+
+- `weight`, as a number, a gradient or by filters, is where the coefficients start. With
+  `formula: weights` they are divided by their sum unless `normalize: false`, as in `linear`.
+  Without any `weight` the start is the plain average.
+- `density`, `gamma`, `epsilon`, `rescale`, `normalize`, `lambda` and `int8_mask` mean what they
+  mean in the method that `dam.sparsify` names, with that method's defaults. Before any training
+  such a merge equals that method's own. A parameter without effect is refused.
+
+What the fit used is recorded in its file, and the merge takes it from there:
+
+```yaml
+merge_method: dam                       # was: ties
+base_model: ./base
+models:
+  - model: ./math
+    parameters: {weight: [0.2, 0.8], density: 0.5}
+  - model: ./code
+    parameters: {weight: 0.6, density: 0.7}
+parameters:
+  normalize: true
+  coefficients: ./dam.safetensors
+dtype: bfloat16
+dam:
+  formula: task_vectors
+  sparsify: ties
+  granularity:                          # the first filter that matches a name counts
+    - {filter: embed_tokens, value: tensor}
+    - {value: column}
+  data:
+    - {source: ./math, path: math.jsonl}
+    - {source: ./code, path: code.jsonl}
+```
+
+`tokenizer`, `tokenizer_source`, `slices` and `modules` are mergekit's own. Rows are tokenised with
+the merge's tokenizer; a token that a source lacks takes no part in that source's loss. Where the
+merge cuts out, repeats or stacks layers, each source teaches as the whole model that it is, which
+costs its weights once more.
+
+`mergekit-dam run` also takes a chain of merges, as `mergekit-multi` does: several documents in one
+file, with a `name` for each but the last, by which others use them as models. Each step by `dam`
+is fitted when its inputs exist.
 
 ## `dam`
 

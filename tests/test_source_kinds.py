@@ -169,11 +169,14 @@ def test_a_source_listed_twice(check, recipe, tmp_path):
         assert f"{first} is listed twice" in refusal("mergekit-dam", command, path)
 
 
-def test_a_source_twice_in_one_slice(check, tmp_path):
+def test_a_source_twice_in_one_slice(recipe, tmp_path):
     (model,) = tiny.save_models(tmp_path, LLAMA, 1)
-    entry = {"model": str(model), "layer_range": [0, 2]}
-    message = check([model], models=None, slices=[{"sources": [entry, entry]}])
-    assert f"{model} is listed twice" in message
+    path = recipe([model])
+    document = yaml.safe_load(path.read_text())
+    del document["models"]
+    document["slices"] = [{"sources": [{"model": str(model), "layer_range": [0, 2]}] * 2}]
+    path.write_text(yaml.safe_dump(document))
+    assert f"{model} is listed twice" in refusal("mergekit-dam", "check", path)
 
 
 @pytest.mark.parametrize("other", ["qwen2", "gpt2"])

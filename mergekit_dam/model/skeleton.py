@@ -91,7 +91,7 @@ def set_places(model: nn.Module, device: torch.device) -> None:
     """
     for module in model.modules():
         for name, place in module._parameters.items():
-            if place is not None:
+            if place is not None and place.is_floating_point():
                 nan = torch.full((), torch.nan, dtype=place.dtype, device=device)
                 module._parameters[name] = nn.Parameter(nan.expand(place.shape), False)
 
