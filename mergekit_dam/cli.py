@@ -1,7 +1,7 @@
 """The command line: `mergekit-dam fit | merge | run | check`.
 
-Heavy imports happen inside the commands, so that `--help` is quick. Every command takes
-mergekit-yaml's own flags.
+Every command takes mergekit-yaml's own flags, and so imports mergekit; what only a fit needs is
+imported inside the commands.
 """
 
 import functools
@@ -72,10 +72,14 @@ def _fit_device(options: MergeOptions) -> str:
 def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool) -> None:
     """Fit the coefficients of CONFIG and write the coefficient file."""
     from mergekit_dam.config import read_recipe
+    from mergekit_dam.fit.trainer import is_main_process
+    from mergekit_dam.pipeline import fit_checked
 
-    recipe = read_recipe(config)
-    table = _fit(recipe, out, merge_options, resume=resume)
-    _say(merge_options, f"{table}\n\nThe coefficients are in {out or recipe.coefficients}.")
+    recipe, device = read_recipe(config), _fit_device(merge_options)
+    table = fit_checked(recipe, out, merge_options, device=device, resume=resume)
+    if is_main_process():
+        written = out if out is not None else recipe.coefficients
+        _say(merge_options, f"{table}\n\nThe coefficients are in {written}.")
 
 
 @_command
@@ -84,13 +88,10 @@ def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool)
 @OVERWRITE
 def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, with fitted coefficients."""
-    from mergekit_dam.check import check
     from mergekit_dam.config import read_recipe
-    from mergekit_dam.merging import merge as run
+    from mergekit_dam.pipeline import merge_checked
 
-    recipe = read_recipe(config)
-    check(recipe, merge_options, coefficients=recipe.coefficients, will_fit=False, will_merge=True)
-    run(recipe, out, merge_options, overwrite=overwrite)
+    merge_checked(read_recipe(config), out, merge_options, overwrite=overwrite)
 
 
 @_command
@@ -116,42 +117,18 @@ def run(
     CONFIG may be a chain of merges as mergekit-multi takes it, in which `dam` and mergekit's own
     methods feed each other.
     """
-    from mergekit_dam.config import is_chain, read_chain, read_recipe
-    from mergekit_dam.merging import require_free
+    from mergekit_dam import pipeline
 
-    require_free(out, overwrite=overwrite)
-    if not is_chain(config):
-        _run(read_recipe(config), out, merge_options, resume=resume, overwrite=overwrite)
-        return
-    folder = intermediate_dir or f"{out.rstrip('/')}.steps"
-    steps = read_chain(config, folder)
-    if all(step.name for step in steps):
-        raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
-    for step in steps:
-        if step.name is None:
-            _run(step.recipe, out, merge_options, resume=resume, overwrite=overwrite)
-        else:
-            _run_step(step, f"{folder}/{step.name}", merge_options, resume=resume)
-
-
-def _run_step(step, out: str, options: MergeOptions, *, resume: bool) -> None:
-    """An intermediate merge, unless it is there already."""
-    from mergekit_dam.merging import is_merged
-
-    if is_merged(out):
-        _say(options, f"{step.name} is in {out} already.")
-    else:
-        _run(step.recipe, out, options, resume=resume, overwrite=False)
-
-
-def _run(recipe, out: str, options: MergeOptions, *, resume: bool, overwrite: bool) -> None:
-    from mergekit_dam.merging import merge as merge_stage
-
-    table = None
-    if recipe.merge.merge_method == "dam":
-        table = _fit(recipe, None, options, resume=resume)
-    merge_stage(recipe, out, options, overwrite=overwrite)
-    _say(options, (f"{table}\n\n" if table else "") + f"The merged model is in {out}.")
+    pipeline.run(
+        config,
+        out,
+        merge_options,
+        device=_fit_device(merge_options),
+        resume=resume,
+        overwrite=overwrite,
+        folder=intermediate_dir,
+        say=functools.partial(_say, merge_options),
+    )
 
 
 @_command
@@ -163,21 +140,15 @@ def check(merge_options: MergeOptions, config: str) -> None:
 
     recipe = read_recipe(config)
     estimate = find_mistakes(
-        recipe, merge_options, coefficients=recipe.coefficients, will_fit=True, will_merge=True
+        recipe,
+        merge_options,
+        coefficients=recipe.coefficients,
+        will_fit=True,
+        will_merge=True,
+        device=_fit_device(merge_options),
+        reads_data=True,
     )
     click.echo(f"{config} is ready to fit.\n{estimate}")
-
-
-def _fit(recipe, out: str | None, options: MergeOptions, *, resume: bool) -> str:
-    """Check, then fit; returns the table of results."""
-    from mergekit_dam import table
-    from mergekit_dam.check import check as find_mistakes
-    from mergekit_dam.fit import fit as fit_stage
-
-    out = out or recipe.coefficients
-    find_mistakes(recipe, options, coefficients=out, will_fit=True, will_merge=False)
-    header = fit_stage(recipe, out, options, device=_fit_device(options), resume=resume)
-    return table.as_text(header)
 
 
 def _say(options: MergeOptions, text: str) -> None:

@@ -5,10 +5,11 @@ metadata entry `mergekit_dam` that holds the `Header` as JSON. See docs/file-for
 """
 
 import functools
+import itertools
 import os
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import Formula, Granularity
+from mergekit_dam.formula import Formula
 from mergekit_dam.task_vectors import Preparation
 
 FORMAT_VERSION = 1
@@ -39,29 +40,58 @@ class Source(Frozen):
     config: str | None = None
 
 
+class Figures(Frozen):
+    """Means over the predicted tokens of one source's held-out rows."""
+
+    tokens: int
+    kl: float  # KL(source ‖ merge), nats a token, at temperature 1
+    perplexity: float  # of the merge
+    source_perplexity: float
+
+
+class Point(Frozen):
+    """Of the loss curve: the mean loss of the steps up to this one."""
+
+    step: int
+    loss: float
+
+
+class Results(Frozen):
+    """What a fit came to; one `Figures` for each source."""
+
+    average: tuple[Figures, ...]  # the plain average of the sources
+    fit: tuple[Figures, ...]
+    history: tuple[Point, ...] = ()
+
+
 class Header(Frozen):
     """The file's metadata."""
 
     version: int = FORMAT_VERSION
     package: str  # the version of mergekit-dam that wrote the file
     formula: Formula
-    granularity: Granularity | Literal["mixed"]  # mixed: the rules are in the settings
+    granularity: Literal["column", "row", "tensor", "element", "mixed"]  # mixed: see settings
     sources: tuple[Source, ...]  # in the order of the coefficients' first axis
     base: Source | None = None
     preparation: Preparation | None = None  # of sparsified task vectors
     tokenizer: Any = None  # the YAML's `tokenizer` or `tokenizer_source`
     settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
-    results: dict[str, Any] = {}  # held-out figures before and after
+    identity: str | None = None  # changes with whatever the fit depends on
+    results: Results | None = None
 
     @pydantic.model_validator(mode="after")
-    def _has_base(self) -> "Header":
+    def _is_complete(self) -> "Header":
+        for figures in (self.results.average, self.results.fit) if self.results else ():
+            if len(figures) != len(self.sources):
+                raise ValueError("the results are not one for each source")
         if self.formula == "task_vectors" and self.base is None:
             raise ValueError("task vectors without a base")
         return self
 
 
 def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: Header) -> None:
-    """Write atomically; an earlier, different file is kept as `<stem>.previous.safetensors`.
+    """Write atomically; an earlier, different file is kept as `<stem>.previous.safetensors`,
+    and further ones as `.previous-2` and so on.
 
     One metadata entry alone, because safetensors writes several in an arbitrary order and the
     same fit shall give the same bytes.
@@ -87,13 +117,19 @@ def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: He
 
 
 def _keep(path: Path) -> None:
-    """A copy, so that at no moment the name is without a file."""
+    """A copy under a name of its own, so that at no moment the path is without a file."""
     copy = path.with_name(f".{path.name}.kept-{os.getpid()}")
     try:
         shutil.copy2(path, copy)
-        os.replace(copy, path.with_suffix(".previous" + path.suffix))
+        os.replace(copy, next(name for name in _earlier_names(path) if not name.exists()))
     finally:
         copy.unlink(missing_ok=True)
+
+
+def _earlier_names(path: Path) -> Iterator[Path]:
+    yield path.with_suffix(f".previous{path.suffix}")
+    for number in itertools.count(2):
+        yield path.with_suffix(f".previous-{number}{path.suffix}")
 
 
 class CoefficientFile:
@@ -183,6 +219,15 @@ class CoefficientFile:
                 f"{self.path} has no coefficients for the tensor {name}: it was fitted for other "
                 "models or another layout; fit it again with this config."
             )
+
+
+def is_coefficient_file(path: str | os.PathLike) -> bool:
+    """Whether a file is one of ours, of this version or another, whole or with damaged values."""
+    try:
+        with safetensors.safe_open(os.fspath(path), framework="pt") as file:
+            return METADATA_KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, OSError):
+        return False
 
 
 def open_file(path: str | os.PathLike) -> CoefficientFile:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,7 @@ def load_rows(
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,  # of the merge: gives the ids
     source_tokenizer: PreTrainedTokenizerBase,  # of the source: gives the chat template
+    limit: int | None = None,  # positions that the model has
 ) -> SourceData:
     """Read, render, tokenise and split the rows of one source; deterministic for a seed.
 
@@ -55,7 +57,7 @@ def load_rows(
     """
     examples = entry.examples or settings.examples
     held_out = entry.held_out if entry.held_out is not None else settings.held_out
-    length = entry.max_length or settings.max_length
+    length = min(entry.max_length or settings.max_length, limit or sys.maxsize)
 
     def tokens(split: str) -> list[Row]:
         chosen = _choose(_load(entry, split), examples, settings.seed)
@@ -89,10 +91,10 @@ def _load(entry: DataSettings, split: str) -> datasets.Dataset:
     try:
         return datasets.load_dataset(**options, split=split)
     except Exception as error:
-        cause = error.__cause__ or error
+        cause = " ".join(str(error.__cause__ or error).split()) or "is it empty?"
         raise DamError(
             f"The data {entry.path} (split {split}) of the source {entry.source} cannot be read: "
-            f"{' '.join(str(cause).split())}"
+            f"{cause}"
         ) from error
 
 

@@ -1,66 +1,115 @@
-"""The merge stage, by mergekit itself, into a folder that appears only when it is whole."""
+"""The merge stage: mergekit's own merge, with the results in its card."""
 
 import os
 import shutil
-import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from mergekit.card import generate_card
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
-from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
 
 from mergekit_dam import table
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.coefficients import open_file
 from mergekit_dam.config import Recipe
 from mergekit_dam.errors import DamError
+from mergekit_dam.output import MERGE_RECORD, appearing, require_free
 
 COEFFICIENTS_NAME = "dam.safetensors"
+CONFIG_PLACE = "<the config goes here>"
 
 
-def require_free(out: str, *, overwrite: bool) -> None:
-    """Refuse to merge over what is there. Called before the fit, which may take hours."""
-    path = Path(out)
-    if path.is_file():
-        raise DamError(f"{out} is a file: give the name of a new folder.")
-    if path.is_dir() and any(path.iterdir()) and not overwrite:
-        raise DamError(f"{out} is not empty: give another folder, or --overwrite to replace it.")
-
-
-def is_merged(out: str) -> bool:
-    """Whether `out` holds a model, as mergekit-multi sees it; ours appear only when whole."""
-    folder = Path(out)
-    return (folder / "config.json").exists() and any(
-        (folder / name).exists() for name in MODEL_CHECK_FILENAMES
-    )
+def inputs(recipe: Recipe) -> Iterator[str]:
+    """Paths that the recipe reads, and the working directory."""
+    yield os.getcwd()
+    yield recipe.path
+    if recipe.coefficients:
+        yield recipe.coefficients
+    for model in recipe.merge.referenced_models():
+        yield from (part.path for part in (model.model, model.lora) if part is not None)
+    if recipe.settings is not None:
+        yield from (entry.path for entry in recipe.settings.data)
 
 
 def merge(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool = False) -> None:
     """mergekit's own merge of the recipe; the weights are those of `mergekit-yaml`.
 
-    Written beside `out` first and renamed when complete, so that a killed merge leaves no half
-    model. The results table goes into the card, the coefficients beside the weights.
+    The folder appears when it is complete, so that a killed merge leaves no half model. The
+    results table goes into the card, the coefficients beside the weights.
     """
-    require_free(out, overwrite=overwrite)
+    require_free(out, overwrite=overwrite, inputs=inputs(recipe))
+    _require_device(options)
     options = with_lora_cache(options, recipe.merge.referenced_models())
-    target = Path(out).absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    workplace = tempfile.mkdtemp(prefix=f".{target.name}.partial-", dir=target.parent)
-    try:
-        fresh = Path(workplace) / target.name  # mergekit's card is named after the folder
-        run_merge(recipe.merge, str(fresh), options=options, config_source=recipe.text)
+    without_card = options.model_copy(update={"write_model_card": False})
+    original = recipe.merge.model_copy(deep=True)  # planning rewrites it
+    with appearing(out) as folder:
+        run_merge(recipe.merge, str(folder), options=without_card)
+        if options.write_model_card:
+            _write_card(folder, recipe, original)
         if recipe.merge.merge_method == "dam":
-            _add_results(fresh, recipe.coefficients)
-        if target.exists():
-            os.replace(target, Path(workplace) / "replaced")
-        os.replace(fresh, target)
-    finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+            shutil.copyfile(recipe.coefficients, folder / COEFFICIENTS_NAME)
 
 
-def _add_results(folder: Path, coefficients: str) -> None:
-    shutil.copyfile(coefficients, folder / COEFFICIENTS_NAME)
-    header, card = open_file(coefficients).header, folder / "README.md"
-    if card.exists() and header.results:
-        with card.open("a", encoding="utf-8") as file:
-            file.write("\n" + table.as_markdown(header))
+def _require_device(options: MergeOptions) -> None:
+    if (options.cuda or options.multi_gpu) and not torch.cuda.is_available():
+        flag = "--multi-gpu" if options.multi_gpu else "--cuda"
+        raise DamError(f"{flag}: torch sees no CUDA device here; merge without it, on the CPU.")
+
+
+def _write_card(folder: Path, recipe: Recipe, merge: MergeConfiguration) -> None:
+    """What mergekit itself writes, and our table below it."""
+    card = _card(merge, recipe.text, folder.name)
+    if recipe.merge.merge_method == "dam":
+        header = open_file(recipe.coefficients).header
+        card += "\n" + table.as_markdown(header) if header.results else ""
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    (folder / MERGE_RECORD).write_text(recipe.text, encoding="utf-8")
+
+
+def _card(merge: MergeConfiguration, text: str, name: str) -> str:
+    """mergekit's card, made without a network: it asks the Hub about `folder/model` even where
+    that folder is here, but takes an absolute path for what it is."""
+    shown = {str(_absolute(model)): str(model) for model in merge.referenced_models()}
+    card = generate_card(
+        config=_CardConfig(
+            merge_method=merge.merge_method,
+            base_model=merge.base_model and _absolute(merge.base_model),
+            models=[_absolute(model) for model in merge.referenced_models()],
+        ),
+        config_yaml=CONFIG_PLACE,
+        name=name,
+    )
+    for absolute in sorted(shown, key=len, reverse=True):
+        card = card.replace(_as_markdown(absolute), _as_markdown(shown[absolute]))
+    return card.replace(CONFIG_PLACE, text)
+
+
+@dataclass(frozen=True)
+class _CardConfig:
+    """What mergekit's card reads of a config."""
+
+    merge_method: str
+    base_model: ModelReference | None
+    models: list[ModelReference]
+
+    def referenced_models(self) -> list[ModelReference]:
+        return self.models
+
+
+def _absolute(model: ModelReference) -> ModelReference:
+    def local(part: ModelPath | None) -> ModelPath | None:
+        if part is None or not os.path.exists(part.path):
+            return part
+        return part.model_copy(update={"path": os.path.abspath(part.path)})
+
+    return model.model_copy(update={"model": local(model.model), "lora": local(model.lora)})
+
+
+def _as_markdown(reference: str) -> str:
+    """A model and its adapter, as the card writes them."""
+    return reference.replace("+", " + ")

@@ -66,6 +66,7 @@ class Plan:
     tensors: dict[str, OutputTensor]
     sources: tuple[ModelReference, ...]  # the order of the coefficients' first axis
     base: ModelReference | None  # of task vectors
+    dtype: str | None  # to which mergekit casts the sources
     model_config: PretrainedConfig  # the merged model's config.json
     tokenizer: PreTrainedTokenizerBase
     vocabulary: "Vocabulary | None"  # where the merge aligns the sources' vocabularies
@@ -112,8 +113,8 @@ def plan_merge(merge: MergeConfiguration, options: MergeOptions, formula: Formul
     require_compatible(merge, options)
     options = with_lora_cache(options, merge.referenced_models())
     LoaderCache().setup(options=options)
-    for model in merge.referenced_models():
-        _require_model(model, options)
+    for model in sorted(merge.referenced_models(), key=str):
+        require_model(model, options)
     try:
         return _plan(merge, options, sources)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
@@ -135,6 +136,7 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
         tensors={task.tensor_name: _output(task) for task in tasks if isinstance(task, SaveTensor)},
         sources=sources,
         base=merge.base_model,
+        dtype=merge.dtype and merge.dtype.removeprefix("torch."),
         model_config=config,
         tokenizer=tokenizer,
         vocabulary=vocabulary,
@@ -217,7 +219,8 @@ def source_models(merge: MergeConfiguration, formula: Formula) -> tuple[ModelRef
     return sources
 
 
-def _require_model(model: ModelReference, options: MergeOptions) -> None:
+def require_model(model: ModelReference, options: MergeOptions) -> None:
+    """Raises DamError for a model whose config or weights cannot be opened."""
     try:
         model.config(trust_remote_code=options.trust_remote_code)
         LoaderCache().get(model)

@@ -1,9 +1,8 @@
 """The closing table: each source, the plain average and the fit, on held-out rows."""
 
 from collections.abc import Sequence
-from typing import Any
 
-from mergekit_dam.coefficients import Header
+from mergekit_dam.coefficients import Figures, Header
 
 COLUMNS = (
     "source",
@@ -18,26 +17,32 @@ COLUMNS = (
 
 def rows(header: Header) -> list[tuple[str, ...]]:
     """One row for each source and, last, the mean over the sources."""
-    average, fit = header.results["average"], header.results["fit"]
+    average, fit = header.results.average, header.results.fit
     table = [
-        (source.reference, f"{a['tokens']}", *_figures(a, f))
+        (source.reference, f"{a.tokens}", *_cells(a, f))
         for source, a, f in zip(header.sources, average, fit, strict=True)
     ]
-    return [*table, ("mean", "", *_figures(_mean(average), _mean(fit)))]
+    return [*table, ("mean", "", *_cells(_mean(average), _mean(fit)))]
 
 
-def _figures(average: dict[str, Any], fit: dict[str, Any]) -> tuple[str, ...]:
+def _cells(average: Figures, fit: Figures) -> tuple[str, ...]:
     return (
-        f"{average['kl']:.4f}",
-        f"{fit['kl']:.4f}",
-        f"{fit['source_perplexity']:.4g}",
-        f"{average['perplexity']:.4g}",
-        f"{fit['perplexity']:.4g}",
+        f"{average.kl:.4f}",
+        f"{fit.kl:.4f}",
+        f"{fit.source_perplexity:.4g}",
+        f"{average.perplexity:.4g}",
+        f"{fit.perplexity:.4g}",
     )
 
 
-def _mean(figures: Sequence[dict[str, Any]]) -> dict[str, float]:
-    return {key: sum(f[key] for f in figures) / len(figures) for key in figures[0]}
+def _mean(figures: Sequence[Figures]) -> Figures:
+    def mean(name: str) -> float:
+        return sum(getattr(f, name) for f in figures) / len(figures)
+
+    return Figures(
+        tokens=sum(f.tokens for f in figures),
+        **{name: mean(name) for name in ("kl", "perplexity", "source_perplexity")},
+    )
 
 
 def as_text(header: Header) -> str:

@@ -17,7 +17,16 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import coefficients as module
-from mergekit_dam.coefficients import CoefficientFile, Header, Source, open_file, save
+from mergekit_dam.coefficients import (
+    CoefficientFile,
+    Figures,
+    Header,
+    Point,
+    Results,
+    Source,
+    open_file,
+    save,
+)
 from mergekit_dam.errors import DamError
 
 NAME = "model.layers.0.mlp.up_proj.weight"
@@ -55,6 +64,12 @@ def write_raw(
     return path
 
 
+def results(sources: int) -> Results:
+    figures = Figures(tokens=7, kl=0.25, perplexity=3.5, source_perplexity=2.5)
+    history = (Point(step=1, loss=0.5),)
+    return Results(average=(figures,) * sources, fit=(figures,) * sources, history=history)
+
+
 def refusal(action: Callable[[], Any]) -> str:
     """The one sentence with which an action is refused."""
     with pytest.raises(DamError) as caught:
@@ -74,7 +89,8 @@ def test_what_is_saved_is_loaded(path: Path) -> None:
         base=Source(reference="./base", revision="main", weights="b" * 32),
         tokenizer={"source": "union"},
         settings={"steps": 200, "objective": {"kl": 1.0}},
-        results={"kl": [0.25, 0.5], "note": "é"},
+        identity="é",
+        results=results(len(header().sources)),
     )
     save(path, values(), full)
     file = CoefficientFile(path)
@@ -118,7 +134,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         "from mergekit_dam.coefficients import Header, Source, save\n"
         "header = Header(package='0', formula='weights', granularity='column',\n"
         "    sources=(Source(reference='a', weights='0'),), settings={'z': 1, 'a': [2]},\n"
-        "    results={name: 0.1 for name in ('kl', 'perplexity', 'average')})\n"
+        "    identity='0')\n"
         "save(sys.argv[1], {f't{i}': torch.full((1, i), 0.5) for i in range(1, 20)}, header)\n"
     )
     files = [tmp_path / f"{seed}.safetensors" for seed in (1, 2)]
@@ -134,6 +150,15 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
 
 
 # ---- atomic, and nothing is lost
+
+
+def test_every_earlier_file_is_kept(path: Path) -> None:
+    kept = []
+    for number in range(4):
+        save(path, {NAME: values()[NAME] + number}, header())
+        kept.append(path.read_bytes())
+    names = ("dam.previous", "dam.previous-2", "dam.previous-3")
+    assert [(path.parent / f"{name}.safetensors").read_bytes() for name in names] == kept[:3]
 
 
 def test_an_earlier_different_file_is_kept_as_previous(path: Path) -> None:
@@ -250,6 +275,7 @@ def test_unknown_version(path: Path, version: Any) -> None:
         ({"sources": [{"reference": "./m0"}]}, "sources.0.weights"),
         ({"sources": 3}, "sources"),
         ({"surprise": 1}, "surprise"),
+        ({"results": {"average": [], "fit": 3}}, "results.fit"),
     ],
 )
 def test_damaged_metadata_names_the_field(path: Path, change: dict, named: str) -> None:

@@ -1,5 +1,6 @@
 """Configs of mergekit's own methods in which the method's name, and no parameter, changes."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,10 @@ def test_granularity_by_filter(recipe, models, tmp_path):
             coefficient.copy_(file.get(name))
     ids = tiny.tokens()
     torch.testing.assert_close(tiny.load(tmp_path / "out")(ids).logits, prepared.merged(ids))
+
+
+def test_the_page_lists_these_methods():
+    page = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    table = page.partition("## Configs")[2].partition("| setting")[0]
+    first = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", " ".join(first))) == {"linear", *CASES}

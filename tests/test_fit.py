@@ -57,8 +57,10 @@ def test_a_kind_left_out_keeps_its_start(recipe, models, tmp_path):
 def test_the_fit_lowers_the_held_out_divergence(recipe, models, tmp_path):
     path = recipe(models, rows=60, dam={"steps": 40, "learning_rate": 0.02})
     header = fit(read_recipe(str(path)), str(tmp_path / "o.safetensors"), QUIET, device="cpu")
-    kl = {key: sum(f["kl"] for f in header.results[key]) for key in ("average", "fit")}
-    assert kl["fit"] < 0.9 * kl["average"]
+    before, after = (
+        sum(f.kl for f in figures) for figures in (header.results.average, header.results.fit)
+    )
+    assert after < 0.9 * before
 
 
 def test_held_out_figures_are_means_over_all_predicted_tokens(recipe, models):
@@ -191,10 +193,86 @@ def test_a_resumed_fit_refuses_other_settings(recipe, models, tmp_path):
 
 def test_a_fit_that_diverges_writes_nothing(recipe, models, tmp_path):
     out = tmp_path / "dam.safetensors"
-    out.write_bytes(b"earlier work")
+    run("mergekit-dam", "fit", recipe(models), "--quiet")
+    earlier = out.read_bytes()
     path = recipe(models, dam={"learning_rate": 1e30, "steps": 4, "warmup": 0.0})
     assert "dam.learning_rate" in refusal("mergekit-dam", "fit", path)
-    assert out.read_bytes() == b"earlier work"
+    assert out.read_bytes() == earlier
+    assert not Path(f"{out}.fit").exists()
+
+
+@pytest.mark.parametrize("what", ["a source's weights", "the config", "a text"])
+def test_what_is_no_coefficient_file_is_not_replaced(recipe, models, tmp_path, what):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("mine")
+    config = recipe(models)
+    path = {
+        "a source's weights": models[0] / "model.safetensors",
+        "the config": config,
+        "a text": precious,
+    }[what]
+    before = path.read_bytes()
+    message = refusal("mergekit-dam", "fit", config, "--out", path)
+    assert str(path) in message
+    assert "no coefficient file" in message
+    assert path.read_bytes() == before
+
+
+def test_places_that_cannot_be_written(recipe, models, tmp_path):
+    config = recipe(models)
+    assert "is a file" in refusal(
+        "mergekit-dam", "fit", config, "--out", config / "dam.safetensors"
+    )
+    assert "is a folder" in refusal("mergekit-dam", "fit", config, "--out", tmp_path)
+
+
+def test_a_finished_fit_is_not_taken_for_another(recipe, models, tmp_path):
+    """Other rows or another dtype make another fit, which --resume does not pass over."""
+    out = tmp_path / "dam.safetensors"
+    run("mergekit-dam", "fit", recipe(models), "--quiet")
+    first = CoefficientFile(out).header
+    run("mergekit-dam", "fit", recipe(models, rows=30), "--quiet", "--resume")
+    second = CoefficientFile(out).header
+    run("mergekit-dam", "fit", recipe(models, rows=30, dtype="bfloat16"), "--quiet", "--resume")
+    third = CoefficientFile(out).header
+    assert len({first.identity, second.identity, third.identity}) == 3
+    assert first.results != second.results != third.results
+
+
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_checkpoints_that_nothing_tells_of(recipe, models, tmp_path, damage):
+    path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
+    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
+    folder = tmp_path / "dam.safetensors.fit"
+    kill_when(command, lambda: (folder / "checkpoint-2/trainer_state.json").exists())
+    record = folder / "fit.json"
+    record.unlink() if damage == "missing" else record.write_text(record.read_text()[:40])
+    assert "remove the folder to start over" in refusal(*command, "--resume")
+
+
+def test_accumulation_and_epochs(recipe, models, tmp_path):
+    """Rows in one batch, or added up over two, make the same steps."""
+    results = []
+    for name, settings in (
+        ("whole", {"batch_size": 4}),
+        ("halves", {"batch_size": 2, "accumulation": 2}),
+    ):
+        keys = {"steps": None, "epochs": 2, "objective": {"similarity": 0, "l2": 1e-3}}
+        path = recipe(models, rows=20, dam={**keys, **settings, "held_out": 0.2})
+        out = tmp_path / f"{name}.safetensors"
+        header = fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+        assert header.results.history[-1].step == 8  # 16 rows, 4 a step, twice
+        results.append(CoefficientFile(out))
+    assert results[0].names == results[1].names
+
+
+def test_epochs_of_preset_paper(recipe, models, tmp_path):
+    path = recipe(models, rows=20, dam={"preset": "paper", "steps": None, "batch_size": 4})
+    out = tmp_path / "paper.safetensors"
+    header = fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+    assert header.results.history[-1].step == 4
+    assert header.settings["learning_rate"] == 1e-3
+    assert header.settings["schedule"] == "constant"
 
 
 def test_an_earlier_file_is_kept(recipe, models, tmp_path):
@@ -209,7 +287,7 @@ def test_an_earlier_file_is_kept(recipe, models, tmp_path):
 def test_steps_zero_writes_the_start(recipe, models, tmp_path):
     path = recipe(models, dam={"steps": 0})
     header = fit(read_recipe(str(path)), str(tmp_path / "o.safetensors"), QUIET, device="cpu")
-    assert header.results["average"] == header.results["fit"]
+    assert header.results.average == header.results.fit
 
 
 def test_task_vectors_need_a_base(recipe, models):

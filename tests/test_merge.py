@@ -186,12 +186,62 @@ def test_an_existing_folder_is_not_overwritten(config, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
-    assert "--overwrite" in refusal("mergekit-dam", "run", config, out)
-    assert "--overwrite" in refusal("mergekit-dam", "merge", config, out)
+    for command in ("run", "merge"):
+        assert "--overwrite" in refusal("mergekit-dam", command, config, out)
+        message = refusal("mergekit-dam", command, config, out, "--overwrite")
+        assert "is not a merge of mergekit's" in message
     assert (out / "precious").read_text() == "mine"
+
+
+def test_a_merge_can_be_replaced(config, tmp_path):
+    out = tmp_path / "out"
+    run("mergekit-dam", "merge", config, out, "--quiet")
+    (out / "left over").write_text("of the earlier merge")
     run("mergekit-dam", "merge", config, out, "--overwrite", "--quiet")
     assert (out / "model.safetensors").exists()
+    assert not (out / "left over").exists()
     assert not list(tmp_path.glob(".*partial*"))
+
+
+def test_a_folder_that_holds_an_input_is_never_replaced(config, models, tmp_path, monkeypatch):
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    monkeypatch.chdir(tmp_path)
+    for out in (".", tmp_path, tmp_path.parent, models[0], models[0].parent):
+        for command in ("run", "merge"):
+            message = refusal("mergekit-dam", command, config, out, "--overwrite")
+            assert "which the merge reads" in message
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+def test_what_a_killed_merge_left_is_removed(config, tmp_path):
+    dead = tmp_path / ".out.partial-4194304"  # beyond the highest process number
+    dead.mkdir()
+    (dead / "half").write_text("a model")
+    alive = tmp_path / ".out.partial-1"
+    alive.mkdir()
+    run("mergekit-dam", "merge", config, tmp_path / "out", "--quiet")
+    assert not dead.exists()
+    assert alive.exists()
+
+
+def test_the_card_needs_no_network(recipe, models, tmp_path, monkeypatch):
+    """mergekit asks the Hub about `folder/model`, even where that folder is here."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").symlink_to(models[0].parent)
+    path = recipe([Path("models/m0"), Path("models/m1")])
+    run("mergekit-dam", "run", path, "out", "--quiet")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "* models/m0" in card
+    assert str(tmp_path / "models") not in card
+    assert path.read_text() in card
+    assert "| mean |" in card
+    assert (tmp_path / "out" / "mergekit_config.yml").read_text() == path.read_text()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+@pytest.mark.parametrize("flag", ["--cuda", "--multi-gpu"])
+def test_a_gpu_that_is_not_there(config, tmp_path, flag):
+    assert flag in refusal("mergekit-dam", "merge", config, tmp_path / "out", flag)
 
 
 class TestRefusals:
@@ -264,4 +314,4 @@ def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path)
             coefficient.copy_(file.get(name))
     held_out = [source.held_out for source in prepared.data]
     figures = evaluate(prepared.merged, held_out, prepared.settings.batch_size)
-    assert [f.kl for f in figures] == [f["kl"] for f in file.header.results["fit"]]
+    assert figures == file.header.results.fit

@@ -38,9 +38,7 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }  # fmt: skip
 
 
-def save_tokenizer(
-    folder: Path, chat_template: str | None = None, letters: str = LETTERS
-) -> None:
+def save_tokenizer(folder: Path, chat_template: str | None = None, letters: str = LETTERS) -> None:
     """A character-level tokenizer that writes <bos> first."""
     vocabulary = {token: index for index, token in enumerate((*SPECIAL, *letters))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

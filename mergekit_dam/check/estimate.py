@@ -1,12 +1,13 @@
 """What a fit will need, from the plan and the headers alone."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 
 from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.formula import coefficient_shape
-from mergekit_dam.model import Skeleton, build_skeleton
+from mergekit_dam.model import Role, Skeleton, build_skeleton
 from mergekit_dam.plan import Plan
 
 
@@ -17,6 +18,7 @@ class Estimate:
     sources: int
     output_tensors: int
     trained_tensors: int
+    unreached_tensors: int  # in the file and the merge, but no text reaches them
     coefficients: int  # numbers in the file
     trained: int  # of them trained
     weights: int  # of all sources together
@@ -24,31 +26,40 @@ class Estimate:
     file: int
 
     def __str__(self) -> str:
+        unreached = (
+            f"{self.unreached_tensors} output tensors keep the plain average, since no text "
+            "reaches them\n"
+        )
         return (
             f"{self.sources} sources, {self.output_tensors} output tensors, "
             f"{self.trained_tensors} of them with trained coefficients\n"
+            f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
             f"memory: weights {_size(self.weights)}, activations about {_size(self.activations)}; "
             f"coefficient file {_size(self.file)}"
         )
 
 
-def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes) -> Estimate:
+def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
     """Raises DamError where the model cannot be built."""
-    skeleton = build_skeleton(
+    return build_skeleton(
         plan.model_config,
         set(shapes.names()),
         trust_remote_code=plan.options.trust_remote_code,
     )
+
+
+def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Estimate:
     counts = {
-        name: prod(_coefficient_shape(name, skeleton, settings)) * len(plan.sources)
-        for name in skeleton.roles
+        name: prod(_coefficient_shape(name, skeleton, settings, shapes)) * len(plan.sources)
+        for name in shapes.names()
     }
     trained = {n for n, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
     return Estimate(
         sources=len(plan.sources),
         output_tensors=len(counts),
         trained_tensors=len(trained),
+        unreached_tensors=len(counts.keys() - skeleton.roles.keys()),
         coefficients=sum(counts.values()),
         trained=sum(counts[name] for name in trained),
         weights=shapes.bytes(),
@@ -57,8 +68,26 @@ def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes) -> Estimate:
     )
 
 
-def _coefficient_shape(name: str, skeleton: Skeleton, settings: Settings) -> tuple[int, ...]:
-    role = skeleton.roles[name]
+def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Iterator[str]:
+    """What the merged model needs and the sources, which agree with each other, do not give."""
+    for name, role in skeleton.roles.items():
+        shape = shapes.shape(name)
+        if shape is not None and shape != role.shape:
+            yield (
+                f"{name} has shape {list(shape)} in the sources, but config.json of the merge "
+                f"makes it {list(role.shape)}: choose the `base_model` whose config fits"
+            )
+            return
+    if settings.max_steps and not any(
+        getattr(settings.train, role.kind) for role in skeleton.roles.values()
+    ):
+        yield "`dam.train` leaves no tensor of this model to train: switch a kind on"
+
+
+def _coefficient_shape(
+    name: str, skeleton: Skeleton, settings: Settings, shapes: HeaderShapes
+) -> tuple[int, ...]:
+    role = skeleton.roles.get(name, Role("linear", shapes.shape(name) or ()))
     return coefficient_shape(
         role.shape,
         settings.granularity_of(name),

@@ -15,8 +15,11 @@ from mergekit_dam.compatible import differ_in_vocabulary
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
 
-DIGITS = re.compile(r"\.\d+\.")
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+LAYER = re.compile(r"\.\d+\.")
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+}  # fmt: skip
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -26,7 +29,6 @@ class HeaderShapes:
     def __init__(self, plan: Plan):
         self._plan = plan
         self._models = {model: _headers(model) for model in plan.sources}
-        self._converted: dict[tuple[ModelReference, str], bool] = {}
 
     def names(self) -> Iterator[str]:
         """Output tensors that some source has."""
@@ -40,10 +42,11 @@ class HeaderShapes:
         return shapes.pop() if len(shapes) == 1 else None
 
     def bytes(self) -> int:
+        """Of all sources' tensors, in the dtype that the YAML casts them to."""
         return sum(
-            prod(entry["shape"]) * BYTES.get(entry["dtype"], 1)
-            for name in self._plan.tensors
-            for entry in self._entries(name).values()
+            prod(entry["shape"]) * BYTES.get(self._plan.dtype or entry["dtype"], 1)
+            for headers in self._models.values()
+            for entry in (headers or {}).values()
         )
 
     def problems(self) -> Iterator[str]:
@@ -67,14 +70,15 @@ class HeaderShapes:
                     )
 
     def _is_converted(self, model: ModelReference, name: str) -> bool:
-        """Whether mergekit makes the tensor of others, such as a stack of experts."""
+        """Whether mergekit makes the tensor of others of its layer, such as a stack of experts."""
         model_type = model.config(self._plan.options.trust_remote_code).model_type
-        layer = DIGITS.sub(".0.", name, count=1)  # one layer speaks for all
-        if (model, layer) not in self._converted:
-            keys = {key for key in self._models[model] if ".0." in key or not DIGITS.search(key)}
-            possible = layer not in keys and can_convert_checkpoint_keys(model_type, keys, layer)
-            self._converted[model, layer] = possible
-        return self._converted[model, layer]
+        layer = LAYER.search(name)
+        keys = {
+            key
+            for key in self._models[model]
+            if not LAYER.search(key) or (layer and layer.group() in key)
+        }
+        return name not in keys and can_convert_checkpoint_keys(model_type, keys, name)
 
     def _differing(self) -> Iterator[str]:
         for name, output in self._plan.tensors.items():

@@ -5,16 +5,20 @@ import os
 from collections.abc import Iterable, Iterator
 
 from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_dam.check.estimate import Estimate, estimate
+from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, misfits
+from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.recipe import match_reference
 from mergekit_dam.data import is_local
 from mergekit_dam.errors import DamError
-from mergekit_dam.plan import Plan, plan_merge, source_models
+from mergekit_dam.fit.device import choose_device
+from mergekit_dam.fit.rows import load_source_data
+from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
 from mergekit_dam.sources import match
 
 
@@ -25,28 +29,41 @@ def check(
     coefficients: str | None,
     will_fit: bool,
     will_merge: bool,
+    device: str = "auto",
+    reads_data: bool = False,
 ) -> Estimate | None:
     """Raise one DamError that lists all mistakes; else what the fit needs (None without a fit).
 
     `coefficients` is the file that the fit writes (`will_fit`) or the merge reads
-    (`will_merge`); with both it is compared with the config where it exists already.
+    (`will_merge`); with both it is compared with the config where it exists already. With
+    `reads_data` the rows are read and tokenised, too; a fit does so itself before it loads weights.
     """
-    problems = list(recipe.problems)
-    settings = recipe.settings
-    problems += _path_problems(recipe, coefficients)
-    if will_fit:
-        problems += _collect(_fit_problems(recipe))
+    problems, settings = list(recipe.problems), recipe.settings
+    problems += path_problems(recipe, coefficients, will_fit=will_fit)
+    fit_problems = list(_collect(_fit_problems(recipe, device))) if will_fit else []
+    problems += fit_problems
+    model_problems = list(_model_problems(recipe, options))
+    problems += model_problems
+    if model_problems:
+        raise DamError(_listed(recipe.path, problems))  # nothing can be planned
     try:
         plan = plan_merge(recipe.merge, options, settings.formula if settings else "weights")
     except DamError as error:
         raise DamError(_listed(recipe.path, [*problems, error.message])) from error
     shapes = HeaderShapes(plan)
-    problems += shapes.problems()
+    problems += _collect(shapes.problems())
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         problems += _collect(_file_problems(coefficients, settings, plan, shapes))
+    if reads_data and settings is not None and not fit_problems:
+        problems += _collect(_row_problems(settings, plan))
     result = None
     if will_fit and not problems:
-        result = estimate(plan, settings, shapes)
+        try:
+            skeleton = merged_skeleton(plan, shapes)
+            problems += misfits(settings, shapes, skeleton)
+            result = estimate(plan, settings, shapes, skeleton)
+        except DamError as error:
+            problems.append(error.message)
     if problems:
         raise DamError(_listed(recipe.path, problems))
     return result
@@ -67,21 +84,29 @@ def _collect(problems: Iterator[str]) -> Iterator[str]:
         yield error.message
 
 
-def _path_problems(recipe: Recipe, coefficients: str | None) -> Iterator[str]:
-    given = (recipe.merge.parameters or {}).get("coefficients")
-    if coefficients is None and given is None:
-        yield (
-            "`parameters.coefficients` is missing: it is the path of the file that the fit "
-            "writes and the merge reads"
-        )
-    elif coefficients is None:
-        yield f"`parameters.coefficients` is {given!r}, which is not the path of a file"
-    elif os.path.isdir(coefficients):
-        yield f"{coefficients} is a folder: the coefficients are one file, give its path"
+def _model_problems(recipe: Recipe, options: MergeOptions) -> Iterator[str]:
+    """Every model that cannot be opened, not the first alone."""
+    LoaderCache().setup(options=options)
+    for model in sorted(recipe.merge.referenced_models(), key=str):
+        if model.lora is None:
+            try:
+                require_model(model, options)
+            except DamError as error:
+                yield error.message
 
 
-def _fit_problems(recipe: Recipe) -> Iterator[str]:
+def _row_problems(settings: Settings, plan: Plan) -> Iterator[str]:
+    """Data that are there and cannot be read as rows."""
+    for source in plan.sources:
+        try:
+            load_source_data(source, settings, plan)
+        except DamError as error:
+            yield error.message
+
+
+def _fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     settings = recipe.settings
+    yield from _collect(_device_problems(device))
     if settings is None:
         if not recipe.problems:
             yield (
@@ -104,6 +129,11 @@ def _fit_problems(recipe: Recipe) -> Iterator[str]:
     for model in models:
         if model not in found:
             yield f"`dam.data` has no entry for the source {model}: add one"
+
+
+def _device_problems(device: str) -> Iterator[str]:
+    choose_device(device)
+    yield from ()
 
 
 def _meaningless(recipe: Recipe, settings: Settings) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Reads the YAML that mergekit-yaml and mergekit-dam share."""
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def parse_document(path: str, document: dict, text: str) -> Recipe:
     merge = _parse(MergeConfiguration, _without_block(document), "", problems)
     settings = None
     if BLOCK in document:
-        settings = _parse(Settings, document[BLOCK] or {}, f"{BLOCK}.", problems)
+        settings = _parse_block(document[BLOCK] or {}, problems)
     if merge is None:
         raise DamError(f"{path}: " + "; ".join(problems) + ".")
     return Recipe(path, text, merge, settings, tuple(dict.fromkeys(problems)))
@@ -98,6 +99,20 @@ def _parse(model: type, fields: Any, prefix: str, problems: list[str]) -> Any:
     except (RuntimeError, ValueError) as error:  # mergekit's own validators raise these
         problems.append(str(error))
     return None
+
+
+def _parse_block(block: Any, problems: list[str]) -> Settings | None:
+    """The `dam:` block; without its mistaken keys, if need be, so that `check` can go on to look
+    for others. It is never fitted with mistakes."""
+    settings = _parse(Settings, block, f"{BLOCK}.", problems)
+    if settings is None and isinstance(block, Mapping):
+        try:
+            Settings.model_validate(block)
+        except pydantic.ValidationError as error:
+            wrong = {problem["loc"][0] for problem in error.errors() if problem["loc"]}
+            sound = {key: value for key, value in block.items() if key not in wrong}
+            settings = _parse(Settings, sound, f"{BLOCK}.", [])
+    return settings
 
 
 def _place(problem: Mapping, fields: Any) -> tuple:
@@ -149,9 +164,15 @@ def _wrong_dtypes(document: Mapping) -> Iterator[str]:
 
 
 def match_reference(name: str, models: Iterable[ModelReference]) -> ModelReference | None:
-    """The model that a string in the `dam:` block names, as mergekit parses references."""
+    """The model that a string in the `dam:` block names, as mergekit parses references; `./math`
+    and `math` are one."""
     try:
-        reference = ModelReference.parse(name)
+        wanted = _normal(ModelReference.parse(name))
     except (ValueError, RuntimeError):
         return None
-    return next((model for model in models if model == reference), None)
+    return next((model for model in models if _normal(model) == wanted), None)
+
+
+def _normal(model: ModelReference) -> tuple[str | None, ...]:
+    parts = (model.model, model.lora)
+    return tuple(str(part) and os.path.normpath(str(part)) if part else None for part in parts)

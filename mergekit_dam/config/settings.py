@@ -80,6 +80,12 @@ class Objective(_Block):
         0.0, description="the same, weighted by sin²(2θ), θ the angle between what c_i, c_j scale"
     )
 
+    @pydantic.model_validator(mode="after")
+    def _some_term(self) -> "Objective":
+        if not any(value for name, value in self if name != "temperature"):
+            raise ValueError("has no term with a weight: there is nothing to minimise")
+        return self
+
 
 class Train(_Block):
     """Which kinds of tensors get trained coefficients; the others keep their start."""
@@ -133,7 +139,9 @@ class Settings(_Block):
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
-    seed: int = Field(0, ge=0, description="of the row order and the choice of held-out rows")
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="of the row order and the choice of held-out rows"
+    )
     examples: int = Field(2000, ge=2, description="rows used of each source's data")
     max_length: int = Field(1024, ge=2, description="tokens kept of a row")
     held_out: Share = Field(0.05, description="share of a source's rows that is held out")

@@ -2,26 +2,16 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam import losses
+from mergekit_dam.coefficients import Figures
 from mergekit_dam.data import Row, batch
 from mergekit_dam.fit.objective import among, predicted
 from mergekit_dam.model import MergedModel
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Means over the predicted tokens of one source's held-out rows."""
-
-    tokens: int
-    kl: float  # KL(source ‖ merge), nats a token, at temperature 1
-    perplexity: float  # of the merge
-    source_perplexity: float
 
 
 @torch.no_grad()
@@ -30,13 +20,13 @@ def evaluate(
     held_out: Sequence[Sequence[Row]],
     batch_size: int,
     known_tokens: Sequence[Tensor | None] | None = None,
-) -> list[Figures]:
+) -> tuple[Figures, ...]:
     """One entry for each source; see `Plan.known_tokens` for the last argument."""
     known = known_tokens or [None] * len(held_out)
-    return [
+    return tuple(
         _figures(merged, source, rows, batch_size, known[source])
         for source, rows in enumerate(held_out)
-    ]
+    )
 
 
 def _figures(
@@ -63,8 +53,12 @@ def _figures(
         kl += losses.kl(student, teacher).item() * count
         merge_nll += F.cross_entropy(student.float(), targets).item() * count
         source_nll += F.cross_entropy(teacher.float(), targets).item() * count
+    tokens = max(tokens, 1)  # none where the source lacks every target
     return Figures(
-        tokens, kl / tokens, _perplexity(merge_nll / tokens), _perplexity(source_nll / tokens)
+        tokens=tokens,
+        kl=kl / tokens,
+        perplexity=_perplexity(merge_nll / tokens),
+        source_perplexity=_perplexity(source_nll / tokens),
     )
 
 

@@ -1,32 +1,92 @@
 """Going on with a fit that was killed, and never with another one's checkpoints."""
 
+import hashlib
 import json
+import os
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
+
+from mergekit_dam.coefficients import Header
+from mergekit_dam.config import Recipe
+from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 
 
-def find_checkpoint(folder: Path, identity: dict[str, Any], *, resume: bool) -> str | None:
-    """The checkpoint to go on from. Raises DamError rather than lose or mix up an earlier fit."""
-    record = folder / "fit.json"
-    last = last_checkpoint(folder)
-    if last is not None and not resume:
+def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
+    """All that must be the same for two fits to be one."""
+    merge = recipe.merge.model_dump(mode="json", exclude_none=True)
+    merge.get("parameters", {}).pop("coefficients", None)
+    settings = {key: value for key, value in header.settings.items() if key != "report_to"}
+    same = {
+        **{f"dam.{key}": value for key, value in settings.items()},
+        **merge,
+        "contents of the sources": [source.model_dump() for source in header.sources],
+        "contents of the base": header.base and header.base.model_dump(),
+        "rows of the data": [rows.digest() for rows in data],
+        "versions": [header.package, torch.__version__, transformers.__version__],
+    }
+    return json.loads(json.dumps(same))  # as it will be read again
+
+
+def digest(same: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str | None:
+    """The checkpoint to go on from. Raises DamError rather than lose or mix up an earlier fit.
+
+    `same` is the identity of the fit that is to go on.
+    """
+    record, last = folder / "fit.json", last_checkpoint(folder)
+    if last is None:
+        if is_main_process():
+            _write(record, same)
+        return None
+    if not resume:
         raise DamError(
             f"{folder} holds checkpoints of a fit that was interrupted: continue it with "
             "--resume, or remove the folder to start over."
         )
-    if last is not None:
-        earlier = json.loads(record.read_text(encoding="utf-8"))
-        changed = sorted(key for key in identity if identity[key] != earlier.get(key))
-        if changed:
-            raise DamError(
-                f"{folder} was begun with other settings ({', '.join(changed)}): restore them to "
-                "resume, or remove the folder to start over."
-            )
-        return last
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(identity), encoding="utf-8")
-    return None
+    earlier = _read(record)
+    changed = sorted(key for key in {*same, *earlier} if same.get(key) != earlier.get(key))
+    if changed:
+        raise DamError(
+            f"{folder} was begun with other settings ({', '.join(changed)}): restore them to "
+            "resume, or remove the folder to start over."
+        )
+    return last
+
+
+def discard_empty(folder: Path) -> None:
+    """A fit that ended before its first checkpoint leaves nothing to go on from."""
+    if is_main_process() and last_checkpoint(folder) is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _write(record: Path, same: dict[str, Any]) -> None:
+    try:
+        record.parent.mkdir(parents=True, exist_ok=True)
+        temporary = record.with_suffix(".partial")
+        temporary.write_text(json.dumps(same), encoding="utf-8")
+        os.replace(temporary, record)
+    except OSError as error:
+        raise DamError(
+            f"{record.parent} cannot be written ({error.strerror}): the fit keeps its checkpoints "
+            "there, beside the coefficient file; give a path in a folder of yours."
+        ) from error
+
+
+def _read(record: Path) -> dict[str, Any]:
+    try:
+        return json.loads(record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise DamError(
+            f"{record} is missing or damaged, so nothing tells which fit the checkpoints beside "
+            "it belong to: remove the folder to start over."
+        ) from None

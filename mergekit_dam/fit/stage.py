@@ -1,31 +1,32 @@
 """The fit, from a recipe to the coefficient file."""
 
-import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 import mergekit_dam
 from mergekit_dam import coefficients as files
 from mergekit_dam.config import Recipe, Settings
-from mergekit_dam.config.recipe import match_reference
-from mergekit_dam.data import SourceData, StepRows, load_rows
+from mergekit_dam.data import SourceData, StepRows
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.resume import find_checkpoint
+from mergekit_dam.fit.resume import digest, discard_empty, find_checkpoint, identity
+from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
 from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
-from mergekit_dam.plan import Plan, load_tokenizer, plan_merge, plan_source
+from mergekit_dam.plan import Plan, plan_merge, plan_source
 from mergekit_dam.sources import describe
 from mergekit_dam.task_vectors import Preparation
+
+ALMOST_NOTHING = 1_000_000  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class Fit:
     plan: Plan
     merged: MergedModel
     data: list[SourceData]
-    header: files.Header  # its results are empty
+    identity: dict[str, Any]  # see `resume.identity`
+    header: files.Header  # without results
 
 
 def fit(
@@ -56,20 +58,36 @@ def fit(
     prepared = prepare(recipe, options, device=device)
     if resume and is_fitted(out, prepared.header):
         return files.open_file(out).header
-    checkpoint = find_checkpoint(folder, _identity(prepared), resume=resume)
-    header = _train(prepared, folder, checkpoint, quiet=options.quiet)
+    checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
+    try:
+        header = _train(prepared, folder, checkpoint, quiet=options.quiet)
+    except (DamError, OSError, RuntimeError) as error:
+        discard_empty(folder)
+        raise _in_words(error, folder) from error
     if is_main_process():
         files.save(out, prepared.merged.coefficients(), header)
         shutil.rmtree(folder, ignore_errors=True)
     return header
 
 
+def _in_words(error: Exception, folder: Path) -> Exception:
+    """torch and safetensors tell of a full disk in words of their own."""
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if isinstance(error, DamError) or shutil.disk_usage(nearest).free > ALMOST_NOTHING:
+        return error
+    return DamError(
+        f"The disk of {nearest} is full: make room and go on with --resume. Earlier checkpoints "
+        "and coefficient files are whole."
+    )
+
+
 def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> Fit:
     """Plan the merge, read data and weights, build the merged model at its start."""
-    settings, device = recipe.settings, _device(device)
+    settings, device = recipe.settings, choose_device(device)
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula)
+    choose_threads(plan.model_config, device, options.num_threads)
     data = load_data(settings, plan)
     preparation = prepare_as(plan, settings)
     weights = SourceWeights(
@@ -78,7 +96,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
         preparation=preparation,
         device=device,
     )
-    dtype = _compute_dtype(settings, weights, device)
+    dtype = choose_dtype(settings, weights, device)
     skeleton = build_skeleton(
         plan.model_config,
         frozenset(weights.names()),
@@ -93,7 +111,10 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
         dtype,
         _teachers(recipe, plan, dtype, device),
     ).to(device)
-    return Fit(settings, plan, merged, data, _header(recipe, plan, preparation))
+    header = _header(recipe, plan, preparation)
+    same = identity(recipe, header, data)
+    header = header.model_copy(update={"identity": digest(same)})
+    return Fit(settings, plan, merged, data, same, header)
 
 
 def _teachers(
@@ -117,38 +138,12 @@ def _teachers(
     return teachers
 
 
-def load_data(settings: Settings, plan: Plan) -> list[SourceData]:
-    """The rows of every source, in the sources' order."""
-    entries = {match_reference(entry.source, plan.sources): entry for entry in settings.data}
-    for source in plan.sources:
-        if source not in entries:
-            raise DamError(f"`dam.data` has no entry for the source {source}: add one.")
-    data = []
-    for source in plan.sources:
-        own = load_tokenizer(source, plan.options)
-        data.append(load_rows(entries[source], settings, plan.tokenizer, own))
-        _require_known(data[-1], plan, source)
-    return data
-
-
-def _require_known(data: SourceData, plan: Plan, source: ModelReference) -> None:
-    """A token id beyond the embedding would read foreign memory."""
-    size = plan.model_config.get_text_config().vocab_size
-    highest = max(max(row) for row in (*data.train, *data.held_out))
-    if highest >= size:
-        raise DamError(
-            f"The data of {source} has the token id {highest}, but the merged model's vocabulary "
-            f"has {size} tokens: give the merge a `tokenizer` that fits, for example "
-            "`tokenizer: {source: union}`."
-        )
-
-
 def is_fitted(out: str, header: files.Header) -> bool:
     """Whether `out` is the finished result of this very fit."""
     if not Path(out).exists():
         return False
     done = files.open_file(out).header
-    return done.model_copy(update={"results": {}}) == header
+    return done.model_copy(update={"results": None}) == header
 
 
 def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) -> files.Header:
@@ -157,7 +152,12 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
     with merged.as_average():
         before = evaluate(merged, held_out, settings.batch_size, known)
-    losses: list[dict[str, Any]] = []
+    losses: list[files.Point] = []
+    if settings.max_steps and not merged.trained_coefficients():
+        raise DamError(
+            "`dam.train` leaves no tensor of this model to train: switch a kind on, or set "
+            "`steps: 0`."
+        )
     if settings.max_steps:
         trainer = build_trainer(
             Distillation(merged, settings.objective, known),
@@ -171,15 +171,12 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
         losses = history(trainer)
     _require_finite(merged, folder)
     after = evaluate(merged, held_out, settings.batch_size, known)
-    results = {
-        "average": [asdict(figures) for figures in before],
-        "fit": [asdict(figures) for figures in after],
-        "history": losses,
-    }
+    results = files.Results(average=before, fit=after, history=losses)
     return prepared.header.model_copy(update={"results": results})
 
 
 def _require_finite(merged: MergedModel, folder: Path) -> None:
+    """Coefficients that a fit ends with; a loss on the way is the trainer's to watch."""
     for name, coefficient in merged.coefficients().items():
         if not torch.isfinite(coefficient).all():
             shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from there
@@ -204,32 +201,3 @@ def _header(recipe: Recipe, plan: Plan, preparation: Preparation | None) -> file
         tokenizer=tokenizer,
         settings=settings.model_dump(mode="json", exclude_none=True),
     )
-
-
-def _identity(prepared: Fit) -> dict[str, Any]:
-    """All that must be the same for a fit to go on from a checkpoint."""
-    settings = prepared.header.settings
-    return {
-        **{f"dam.{key}": value for key, value in settings.items() if key != "report_to"},
-        "sources": [source.model_dump() for source in prepared.header.sources],
-        "data": [source.digest() for source in prepared.data],
-        "tensors": {n: list(c.shape) for n, c in prepared.merged.coefficients().items()},
-    }
-
-
-def _device(name: str) -> str:
-    """Under torchrun each process has a GPU of its own, the one that the Trainer takes too."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise DamError("--device cuda: torch sees no CUDA device here; use --device cpu.")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
-
-
-def _compute_dtype(settings: Settings, weights: SourceWeights, device: str) -> torch.dtype:
-    if settings.compute_dtype != "auto":
-        return getattr(torch, settings.compute_dtype)
-    dtypes = {weights[name].dtype for name in weights.names()}
-    if device == "cpu" or torch.float32 in dtypes:
-        return torch.float32
-    return torch.bfloat16

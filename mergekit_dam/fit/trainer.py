@@ -2,18 +2,20 @@
 logging integrations and data parallelism come from there."""
 
 import json
+import math
 import os
 import re
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ProgressCallback
 
+from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import StepRows, collate
+from mergekit_dam.errors import DamError
 from mergekit_dam.fit.objective import Distillation
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -35,10 +37,19 @@ class CoefficientTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
+            _require_finite(logs["loss"], self.state.global_step)
             means = {name: sum(v).item() / len(v) for name, v in self._terms.items()}
             logs = {**logs, **means}
             self._terms.clear()
         super().log(logs, start_time)
+
+
+def _require_finite(loss: float, step: int) -> None:
+    if not math.isfinite(loss):
+        raise DamError(
+            f"The loss became {loss} at step {step}: lower `dam.learning_rate`, or look for NaN in "
+            "the sources' weights. No coefficients were written."
+        )
 
 
 class _Bar(TrainerCallback):
@@ -102,6 +113,8 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         save_steps=settings.checkpoint_every,
         save_total_limit=2,  # the one before stays until the next is whole
         logging_steps=1,  # a mean over several steps would not survive a resumed fit
+        logging_nan_inf_filter=False,  # it would show a NaN as zero
+        ddp_find_unused_parameters=False,
         report_to=list(settings.report_to) or "none",
         disable_tqdm=True,
         remove_unused_columns=False,
@@ -134,13 +147,13 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def history(trainer: Trainer, points: int = 100) -> list[dict[str, Any]]:
+def history(trainer: Trainer, points: int = 100) -> tuple[Point, ...]:
     """The loss curve: means over at most `points` windows of steps. Without the timings, since
     the same fit shall write the same file."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     width = max(1, -(-len(logs) // points))
     windows = [logs[start : start + width] for start in range(0, len(logs), width)]
-    return [
-        {"step": window[-1]["step"], "loss": sum(e["loss"] for e in window) / len(window)}
+    return tuple(
+        Point(step=window[-1]["step"], loss=sum(e["loss"] for e in window) / len(window))
         for window in windows
-    ]
+    )

@@ -35,7 +35,8 @@ class Skeleton:
     """A model whose parameters are places without storage, its buffers real.
 
     Buffers that a checkpoint holds (the correction biases of routers) are output tensors too.
-    They have no role, because nothing trains them: their coefficients keep the start.
+    They have no role, nor have parameters that transformers does not train, nor those that no
+    text reaches (a vision tower): nothing trains them, and their coefficients keep the start.
     """
 
     model: PreTrainedModel
@@ -71,6 +72,7 @@ def build_skeleton(
             "it; update transformers, or allow the model's own code with --trust-remote-code."
         ) from error
     model.eval()
+    _require_causal(model, architecture)
     assemblies = assemble(model, output_tensors)
     tensors = _output_names(model, assemblies, architecture)
     skeleton = Skeleton(
@@ -94,6 +96,15 @@ def set_places(model: nn.Module, device: torch.device) -> None:
             if place is not None and place.is_floating_point():
                 nan = torch.full((), torch.nan, dtype=place.dtype, device=device)
                 module._parameters[name] = nn.Parameter(nan.expand(place.shape), False)
+
+
+def _require_causal(model: PreTrainedModel, architecture: str) -> None:
+    """The fit masks no padding and takes every position for a prediction; an encoder does not."""
+    if model.config.is_encoder_decoder or not (model.can_generate() or model.is_custom_code()):
+        raise DamError(
+            f"{architecture} is not a causal language model: the fit distils predictions of the "
+            "next token. mergekit's other methods merge it."
+        )
 
 
 def _output_names(
@@ -125,15 +136,26 @@ def _roles(
 ) -> dict[str, Role]:
     """Output tensor -> what it is in the model."""
     owners, roles = dict(_owners(model)), {}
+    read = [f"{part}." if part else "" for part in _read_by_text(model)]
     for parameter, name in tensors.items():
-        if parameter in owners:  # not a buffer
-            module, value = owners[parameter]
+        module, value = owners.get(parameter, (None, None))  # none: a buffer
+        if value is not None and value.requires_grad and parameter.startswith(tuple(read)):
             roles.setdefault(name, _role(parameter, module, tuple(value.shape)))
     for assembly in assemblies.composed:
         module, _ = owners[assembly.target]
-        for name, shape in assembly.shapes.items():
-            roles[name] = _role(name, module, shape, is_transposed=assembly.is_transposing)
+        if assembly.target.startswith(tuple(read)):
+            for name, shape in assembly.shapes.items():
+                roles[name] = _role(name, module, shape, is_transposed=assembly.is_transposing)
     return roles
+
+
+def _read_by_text(model: PreTrainedModel) -> list[str]:
+    """The names of the modules that text goes through: "" (all), or, in a model that sees or
+    hears too, the decoder, the embedding and the head."""
+    if model.config.get_text_config() is model.config:
+        return [""]
+    parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    return [name for name, module in model.named_modules() if any(module is p for p in parts)]
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, torch.Tensor]]]:

@@ -1,0 +1,36 @@
+"""Whether the coefficient file's path can be written, and holds nothing else."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from mergekit_dam.coefficients import is_coefficient_file
+from mergekit_dam.config import Recipe
+
+
+def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -> Iterator[str]:
+    given = (recipe.merge.parameters or {}).get("coefficients")
+    if not coefficients and given in (None, ""):
+        yield (
+            "`parameters.coefficients` is missing: it is the path of the file that the fit "
+            "writes and the merge reads"
+        )
+    elif not coefficients:
+        yield f"`parameters.coefficients` is {given!r}, which is not the path of a file"
+    elif os.path.isdir(coefficients):
+        yield f"{coefficients} is a folder: the coefficients are one file, give its path"
+    elif will_fit:
+        yield from _writing_problems(Path(coefficients))
+
+
+def _writing_problems(path: Path) -> Iterator[str]:
+    if path.exists() and not is_coefficient_file(path):
+        yield (
+            f"{path} is there and is no coefficient file, so the fit would overwrite something "
+            "else: give `parameters.coefficients` another path"
+        )
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not folder.is_dir():
+        yield f"{path} cannot be written, since {folder} is a file: give another path"
+    elif not os.access(folder, os.W_OK):
+        yield f"{path} cannot be written, since {folder} is read-only: give another path"

@@ -1,0 +1,89 @@
+"""The folder that a merge is written to: what may stand there, and how it appears at once."""
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
+
+from mergekit_dam.errors import DamError
+
+MERGE_RECORD = "mergekit_config.yml"  # mergekit writes it into every merge of its own
+
+
+def require_free(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
+    """Refuse to merge over what is there. Called before the fit, which may take hours.
+
+    Only a merge of mergekit's may be replaced, and never a folder in which an input lies: a
+    model, its data, the config, the coefficients, or the working directory.
+    """
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise DamError(f"{out} is a file: give the name of a new folder.")
+    target = path.resolve()
+    for name in inputs:
+        if target in (place := Path(name).expanduser().resolve(), *place.parents):
+            raise DamError(f"{out} holds {name}, which the merge reads: give another folder.")
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise DamError(f"{out} is not empty: give another folder, or --overwrite to replace it.")
+    if not (path / MERGE_RECORD).exists():
+        raise DamError(
+            f"{out} is not a merge of mergekit's (it has no {MERGE_RECORD}), so it is not "
+            "replaced: give another folder, or remove it yourself."
+        )
+
+
+def is_merged(out: str) -> bool:
+    """Whether `out` holds a model, as mergekit-multi sees it; ours appear only when whole."""
+    folder = Path(out)
+    return (folder / "config.json").exists() and any(
+        (folder / name).exists() for name in MODEL_CHECK_FILENAMES
+    )
+
+
+@contextmanager
+def appearing(out: str) -> Iterator[Path]:
+    """A folder beside `out` that takes its place at the end, and is gone after a failure.
+
+    It has the name of `out`, after which mergekit calls the model in its card.
+    """
+    target = Path(out).resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_over(target)
+        workplace = target.parent / f".{target.name}.partial-{os.getpid()}"
+        workplace.mkdir()
+    except OSError as error:
+        raise DamError(f"{out} cannot be written ({error.strerror}): give another place.") from None
+    try:
+        fresh = workplace / target.name
+        yield fresh
+        if target.exists():
+            os.replace(target, workplace / "replaced")
+        os.replace(fresh, target)
+    finally:
+        shutil.rmtree(workplace, ignore_errors=True)
+
+
+def _remove_left_over(target: Path) -> None:
+    """Half merges of processes that were killed; not those of processes still at work."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-(\d+)")
+    for path in target.parent.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match and not _is_alive(int(match.group(1))) and not (path / "replaced").exists():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's
+    return True

@@ -1,0 +1,89 @@
+"""The stages one after the other: check, fit, merge; for one merge or a chain of them."""
+
+from collections.abc import Callable
+
+from mergekit.options import MergeOptions
+
+from mergekit_dam import table
+from mergekit_dam.check import check
+from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
+from mergekit_dam.errors import DamError
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.trainer import is_main_process
+from mergekit_dam.merging import inputs, merge
+from mergekit_dam.output import is_merged, require_free
+
+Say = Callable[[str], None]
+
+
+def fit_checked(
+    recipe: Recipe, out: str | None, options: MergeOptions, *, device: str, resume: bool
+) -> str:
+    """Check, then fit into `out`, by default the recipe's own; returns the table of results."""
+    out = out if out is not None else recipe.coefficients
+    check(recipe, options, coefficients=out, will_fit=True, will_merge=False, device=device)
+    return table.as_text(fit(recipe, out, options, device=device, resume=resume))
+
+
+def merge_checked(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool) -> None:
+    """Check that the coefficients fit, then merge."""
+    require_free(out, overwrite=overwrite, inputs=inputs(recipe))
+    check(recipe, options, coefficients=recipe.coefficients, will_fit=False, will_merge=True)
+    merge(recipe, out, options, overwrite=overwrite)
+
+
+def run(
+    config: str,
+    out: str,
+    options: MergeOptions,
+    *,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    folder: str | None,
+    say: Say,
+) -> None:
+    """Fit and merge a config file; `folder` keeps the intermediate models of a chain."""
+    arguments = {"device": device, "resume": resume, "say": say}
+    if not is_chain(config):
+        _run(read_recipe(config), out, options, overwrite=overwrite, **arguments)
+        return
+    folder = folder or f"{out.rstrip('/')}.steps"
+    steps = read_chain(config, folder)
+    if all(step.name for step in steps):
+        raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
+    for step in steps:  # before the first merge, which may take hours
+        if step.name is None:
+            require_free(out, overwrite=overwrite, inputs=inputs(step.recipe))
+    for step in steps:
+        if step.name is None:
+            _run(step.recipe, out, options, overwrite=overwrite, **arguments)
+        else:
+            _run_step(step, f"{folder}/{step.name}", options, **arguments)
+
+
+def _run_step(step: Step, out: str, options: MergeOptions, *, say: Say, **arguments) -> None:
+    """An intermediate merge, unless it is there already."""
+    if is_merged(out):
+        say(f"{step.name} is in {out} already.")
+    else:
+        _run(step.recipe, out, options, overwrite=False, say=say, **arguments)
+
+
+def _run(
+    recipe: Recipe,
+    out: str,
+    options: MergeOptions,
+    *,
+    device: str,
+    resume: bool,
+    overwrite: bool,
+    say: Say,
+) -> None:
+    require_free(out, overwrite=overwrite, inputs=inputs(recipe))
+    results = ""
+    if recipe.merge.merge_method == "dam":
+        results = fit_checked(recipe, None, options, device=device, resume=resume) + "\n\n"
+    if is_main_process():  # of a fit under torchrun
+        merge(recipe, out, options, overwrite=overwrite)
+        say(f"{results}The merged model is in {out}.")
