@@ -20,7 +20,6 @@ from transformers.core_model_loading import MergeModulelist
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import fit
 from mergekit_dam.fit.stage import Fit, prepare
 from mergekit_dam.model import build_skeleton
 
