@@ -1,12 +1,14 @@
 """Merging with mergekit's own unmodified commands."""
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import yaml
-from commands import refusal, run
+from commands import SCRIPTS, refusal, run
 from mergekit.merge_methods import merge_state_dicts
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -315,3 +317,21 @@ def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path)
     held_out = [source.held_out for source in prepared.data]
     figures = evaluate(prepared.merged, held_out, prepared.settings.batch_size)
     assert figures == file.header.results.fit
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
+def test_a_merge_killed_at_any_moment_leaves_no_half_model(config, tmp_path, delay):
+    out = tmp_path / "out"
+    command = [str(SCRIPTS / "mergekit-dam"), "merge", str(config), str(out), "--quiet"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob(".out.partial-*")):
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.wait()
+    if out.exists():  # it was quicker than we
+        tiny.load(out)
+    else:
+        run("mergekit-dam", "merge", config, out, "--quiet")
+        tiny.load(out)
+    assert not list(tmp_path.glob(".out.partial-*"))

@@ -110,3 +110,21 @@ def test_the_file_tree_is_true():
         assert (ROOT / folder).is_dir() or (ROOT / "mergekit_dam" / folder).is_dir()
     own = sum(name.endswith(".py") for name in tracked if name.startswith("mergekit_dam"))
     assert len(re.findall(r"^\s+[\w]+\.py\s", tree, re.MULTILINE)) == own + 3
+
+
+def test_imports_point_downwards():
+    """As the README's tree says; only the plugin reaches up, when mergekit is there."""
+    tree = README.partition("mergekit_dam/\n")[2].partition("docs/\n")[0]
+    rooms = re.findall(r"^  (\w+)", tree, re.MULTILINE)
+    rank = {room: number for number, room in enumerate(rooms)}
+    for path in (ROOT / "mergekit_dam").rglob("*.py"):
+        room = path.relative_to(ROOT / "mergekit_dam").parts[0].removesuffix(".py")
+        imported = re.findall(
+            r"^\s*from mergekit_dam(?:\.(\w+))?[\w.]* import ([\w, ]+)",
+            path.read_text(),
+            re.MULTILINE,
+        )
+        for package, names in imported:
+            for other in [package] if package else names.split(", "):
+                if other in rank and room != "plugin":
+                    assert rank[other] >= rank[room], f"{path.name} imports {other}"
