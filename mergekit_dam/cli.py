@@ -37,6 +37,11 @@ def _command(function: Callable) -> Callable:
         _set_up_logging(merge_options)
         try:
             function(merge_options=merge_options, **arguments)
+        except KeyboardInterrupt:
+            click.echo(
+                "Interrupted. A fit goes on from its last checkpoint with --resume.", err=True
+            )
+            raise SystemExit(130) from None
         except Exception as error:
             if merge_options.verbosity:
                 traceback.print_exc()

@@ -180,6 +180,19 @@ def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
     assert os.stat(broken).st_mtime_ns == before
 
 
+def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
+    path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
+    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "dam.safetensors.fit" / "checkpoint-2").exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in told
+    assert "Traceback" not in told
+
+
 def test_a_resumed_fit_refuses_other_settings(recipe, models, tmp_path):
     out = tmp_path / "dam.safetensors"
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
