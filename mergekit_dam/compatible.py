@@ -4,7 +4,8 @@ mergekit refuses them too; here the sentence names the models and the remedy.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelReference
@@ -124,3 +125,48 @@ def _require_one_depth(
         f"{depths[shallow]} and no {name}): choose models of one size, or the layers to take "
         "from each with `slices:`."
     )
+
+
+# What differs between configs of models that compute alike.
+IRRELEVANT_KEYS = {
+    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
+    "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range",
+}  # fmt: skip
+
+
+def config_differences(first: PretrainedConfig, second: PretrainedConfig) -> list[str]:
+    """Keys in which two configs differ such that the same weights compute something else."""
+    one, other = (_flat(config.to_dict()) for config in (first, second))
+    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
+
+
+def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
+    result = {}
+    for key, value in config.items():
+        if key in IRRELEVANT_KEYS:
+            continue
+        if isinstance(value, Mapping):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = value
+    return result
+
+
+def require_one_config(merge: MergeConfiguration, options: MergeOptions) -> None:
+    """Without a base mergekit takes the merge's config from a model at random; that is well
+    where they are alike."""
+    if merge.base_model is not None:
+        return
+    first, *others = sorted(merge.referenced_models(), key=str)
+    config = first.config(options.trust_remote_code)
+    for other in others:
+        differences = config_differences(config, other.config(options.trust_remote_code))
+        # The number of layers is the slices' to say.
+        keys = [
+            key for key in differences if not key.endswith(("num_hidden_layers", "layer_types"))
+        ]
+        if keys:
+            raise DamError(
+                f"The configs of {first} and {other} differ in {', '.join(keys[:3])}, and mergekit "
+                "would take either for the merge: set `base_model` to the one that counts."
+            )

@@ -12,6 +12,12 @@ from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
 from mergekit_dam.errors import DamError
 
 MERGE_RECORD = "mergekit_config.yml"  # mergekit writes it into every merge of its own
+# What a merge leaves: weights, configs, tokenizers, templates, its card and our coefficients.
+WRITTEN_BY_MERGES = re.compile(
+    r"(model|pytorch_model)[-\w]*\.(safetensors|bin)(\.index\.json)?|dam\.safetensors|README\.md|"
+    r"mergekit_config\.yml|[\w.]*(config|tokenizer|preprocessor|tokens|map|vocab|template)[\w.]*"
+    r"\.(json|model|jinja)|merges\.txt|vocab\.txt|tokenizer\.model"
+)
 
 
 def require_free(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
@@ -36,6 +42,12 @@ def require_free(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
             f"{out} is not a merge of mergekit's (it has no {MERGE_RECORD}), so it is not "
             "replaced: give another folder, or remove it yourself."
         )
+    for file in sorted(path.iterdir()):
+        if not WRITTEN_BY_MERGES.fullmatch(file.name):
+            raise DamError(
+                f"{out} holds {file.name}, which no merge has written: move it away, or give "
+                "another folder."
+            )
 
 
 def is_merged(out: str) -> bool:

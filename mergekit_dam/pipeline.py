@@ -1,17 +1,18 @@
 """The stages one after the other: check, fit, merge; for one merge or a chain of them."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from mergekit.options import MergeOptions
 
 from mergekit_dam import table
-from mergekit_dam.check import check
+from mergekit_dam.check import check, fit_problems, listed, model_problems
 from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.merging import inputs, merge
-from mergekit_dam.output import is_merged, require_free
+from mergekit_dam.output import MERGE_RECORD, is_merged, require_free
 
 Say = Callable[[str], None]
 
@@ -52,7 +53,8 @@ def run(
     steps = read_chain(config, folder)
     if all(step.name for step in steps):
         raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
-    for step in steps:  # before the first merge, which may take hours
+    _require_sound(config, steps, folder, options, device)  # before hours of work
+    for step in steps:
         if step.name is None:
             require_free(out, overwrite=overwrite, inputs=inputs(step.recipe))
     for step in steps:
@@ -60,6 +62,29 @@ def run(
             _run(step.recipe, out, options, overwrite=overwrite, **arguments)
         else:
             _run_step(step, f"{folder}/{step.name}", options, **arguments)
+
+
+def _require_sound(
+    config: str, steps: list[Step], folder: str, options: MergeOptions, device: str
+) -> None:
+    """Mistakes of a chain that are known before its intermediate models exist."""
+    problems = []
+    for step in steps:
+        found = list(model_problems(step.recipe, options, but_under=folder))
+        if step.recipe.merge.merge_method == "dam":
+            found += fit_problems(step.recipe, device)
+        if step.name and is_merged(f"{folder}/{step.name}"):
+            found += _stale(step, f"{folder}/{step.name}")
+        problems += [f"{step.name or 'last merge'}: {problem}" for problem in found]
+    if problems:
+        raise DamError(listed(config, problems))
+
+
+def _stale(step: Step, out: str) -> list[str]:
+    record = Path(out) / MERGE_RECORD
+    if not record.exists() or record.read_text(encoding="utf-8") == step.recipe.text:
+        return []
+    return [f"{out} is there from another config: remove it, or give another --intermediate-dir"]
 
 
 def _run_step(step: Step, out: str, options: MergeOptions, *, say: Say, **arguments) -> None:

@@ -17,7 +17,7 @@ from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor, Task, TaskUniverse
 from mergekit.io.tasks import GatherTensors, LoaderCache, SaveTensor
-from mergekit.merge import _model_out_config, _update_config_vocab
+from mergekit.merge import _model_out_config, _set_chat_template, _update_config_vocab
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_dam.adapters import with_lora_cache
-from mergekit_dam.compatible import require_compatible
+from mergekit_dam.compatible import config_differences, require_compatible
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
@@ -73,11 +73,10 @@ class Plan:
     options: MergeOptions
 
     def is_whole(self, source: ModelReference) -> bool:
-        """Whether the merge has the source's own layers, each in its own place: then the merged
-        model's skeleton with the source's tensors is the source."""
-        own = source.config(self.options.trust_remote_code).get_text_config()
-        merged = self.model_config.get_text_config()
-        return own.num_hidden_layers == merged.num_hidden_layers and all(
+        """Whether the merged model's skeleton with the source's tensors is the source: its config
+        is the merge's, and each of its layers is in the merge in its own place."""
+        own = source.config(self.options.trust_remote_code)
+        return not config_differences(own, self.model_config) and all(
             source in output.inputs and output.name in output.inputs[source]
             for output in self.tensors.values()
         )
@@ -98,7 +97,14 @@ class Plan:
             cached[handle] = self.vocabulary.info
         targets = [universe.get_handle(task) for task in by_task]
         executor = Executor(targets, "cpu", "cpu", cached_values=cached)
-        for task, inputs in executor.run(quiet=self.options.quiet, desc="Reading sources"):
+        read = executor.run(quiet=self.options.quiet, desc="Reading sources")
+        while True:
+            try:
+                task, inputs = next(read)
+            except StopIteration:
+                return
+            except (AssertionError, KeyError, RuntimeError, ValueError) as error:
+                raise DamError(f"mergekit cannot read the sources: {error}") from error
             yield by_task[task], inputs
 
 
@@ -132,6 +138,7 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
         _update_config_vocab(config, architecture, tokenizer, pad_to_multiple_of=padding)
     else:
         tokenizer = load_tokenizer(merge.base_model or sources[0], options)
+    _set_chat_template(copy.deepcopy(tokenizer), merge)  # raises for one that is none
     return Plan(
         tensors={task.tensor_name: _output(task) for task in tasks if isinstance(task, SaveTensor)},
         sources=sources,

@@ -184,7 +184,8 @@ def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
     command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "dam.safetensors.fit" / "checkpoint-2").exists():
+    checkpoint = tmp_path / "dam.safetensors.fit" / "checkpoint-2"
+    while process.poll() is None and not checkpoint.exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=60)

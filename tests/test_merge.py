@@ -198,10 +198,12 @@ def test_an_existing_folder_is_not_overwritten(config, tmp_path):
 def test_a_merge_can_be_replaced(config, tmp_path):
     out = tmp_path / "out"
     run("mergekit-dam", "merge", config, out, "--quiet")
-    (out / "left over").write_text("of the earlier merge")
+    (out / "model.safetensors").write_text("damaged")
+    (out / "mine.gguf").write_text("mine")
+    assert "mine.gguf" in refusal("mergekit-dam", "merge", config, out, "--overwrite")
+    (out / "mine.gguf").unlink()
     run("mergekit-dam", "merge", config, out, "--overwrite", "--quiet")
-    assert (out / "model.safetensors").exists()
-    assert not (out / "left over").exists()
+    tiny.load(out)
     assert not list(tmp_path.glob(".*partial*"))
 
 

@@ -77,7 +77,10 @@ def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Ite
                 f"{name} has shape {list(shape)} in the sources, but config.json of the merge "
                 f"makes it {list(role.shape)}: choose the `base_model` whose config fits"
             )
-            return
+            break
+    for rule in settings.granularity if not isinstance(settings.granularity, str) else ():
+        if rule.filter not in (None, "*") and not any(rule.filter in n for n in shapes.names()):
+            yield f"`dam.granularity`: no tensor's name has {rule.filter!r} in it"
     if settings.max_steps and not any(
         getattr(settings.train, role.kind) for role in skeleton.roles.values()
     ):

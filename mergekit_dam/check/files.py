@@ -17,6 +17,8 @@ def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -
         )
     elif not coefficients:
         yield f"`parameters.coefficients` is {given!r}, which is not the path of a file"
+    elif coefficients.startswith("~"):
+        yield f"{coefficients}: mergekit does not know `~`, write the path out"
     elif os.path.isdir(coefficients):
         yield f"{coefficients} is a folder: the coefficients are one file, give its path"
     elif will_fit:

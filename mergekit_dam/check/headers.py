@@ -12,6 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_dam.compatible import differ_in_vocabulary
+from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
 
@@ -114,6 +115,8 @@ def _headers(model: ModelReference) -> dict[str, dict]:
     result: dict[str, dict] = {}
     for shard in index.shards:
         path = Path(index.base_path) / shard.filename
+        if not path.exists():
+            raise DamError(f"{model} lacks the file {path}, which its index names: download it.")
         if index.is_safetensors:
             with path.open("rb") as file:
                 result |= read_header(file, path)

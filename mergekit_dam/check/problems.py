@@ -3,6 +3,7 @@
 import difflib
 import os
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
@@ -12,12 +13,14 @@ from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, mis
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.recipe import match_reference
 from mergekit_dam.data import is_local
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import load_source_data
+from mergekit_dam.fit.start import starting_weights
 from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
 from mergekit_dam.sources import match
 
@@ -40,21 +43,26 @@ def check(
     """
     problems, settings = list(recipe.problems), recipe.settings
     problems += path_problems(recipe, coefficients, will_fit=will_fit)
-    fit_problems = list(_collect(_fit_problems(recipe, device))) if will_fit else []
-    problems += fit_problems
-    model_problems = list(_model_problems(recipe, options))
-    problems += model_problems
-    if model_problems:
-        raise DamError(_listed(recipe.path, problems))  # nothing can be planned
+    of_fit = list(_collect(fit_problems(recipe, device))) if will_fit else []
+    problems += of_fit
+    of_models = list(model_problems(recipe, options))
+    problems += of_models
+    if of_models:
+        raise DamError(listed(recipe.path, problems))  # nothing can be planned
     try:
         plan = plan_merge(recipe.merge, options, settings.formula if settings else "weights")
     except DamError as error:
-        raise DamError(_listed(recipe.path, [*problems, error.message])) from error
-    shapes = HeaderShapes(plan)
-    problems += _collect(shapes.problems())
+        raise DamError(listed(recipe.path, [*problems, error.message])) from error
+    try:
+        shapes = HeaderShapes(plan)
+    except DamError as error:
+        raise DamError(listed(recipe.path, [*problems, error.message])) from error
+    problems += list(_collect(shapes.problems())) or _collect(_config_problems(recipe, options))
+    if will_fit and settings is not None:
+        problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         problems += _collect(_file_problems(coefficients, settings, plan, shapes))
-    if reads_data and settings is not None and not fit_problems:
+    if reads_data and settings is not None and not of_fit:
         problems += _collect(_row_problems(settings, plan))
     result = None
     if will_fit and not problems:
@@ -65,11 +73,11 @@ def check(
         except DamError as error:
             problems.append(error.message)
     if problems:
-        raise DamError(_listed(recipe.path, problems))
+        raise DamError(listed(recipe.path, problems))
     return result
 
 
-def _listed(path: str, problems: list[str]) -> str:
+def listed(path: str, problems: list[str]) -> str:
     problems = [p if p.endswith("?") else p.rstrip(".") + "." for p in dict.fromkeys(problems)]
     if len(problems) == 1:
         return f"{path}: {problems[0]}"
@@ -84,15 +92,22 @@ def _collect(problems: Iterator[str]) -> Iterator[str]:
         yield error.message
 
 
-def _model_problems(recipe: Recipe, options: MergeOptions) -> Iterator[str]:
-    """Every model that cannot be opened, not the first alone."""
+def model_problems(
+    recipe: Recipe, options: MergeOptions, *, but_under: str | None = None
+) -> Iterator[str]:
+    """Every model that cannot be opened, not the first alone; `but_under` is a folder whose
+    models are yet to be made."""
     LoaderCache().setup(options=options)
     for model in sorted(recipe.merge.referenced_models(), key=str):
-        if model.lora is None:
+        if model.lora is None and not (but_under and _is_under(model.model.path, but_under)):
             try:
                 require_model(model, options)
             except DamError as error:
                 yield error.message
+
+
+def _is_under(path: str, folder: str) -> bool:
+    return Path(folder).resolve() in Path(path).resolve().parents
 
 
 def _row_problems(settings: Settings, plan: Plan) -> Iterator[str]:
@@ -104,7 +119,7 @@ def _row_problems(settings: Settings, plan: Plan) -> Iterator[str]:
             yield error.message
 
 
-def _fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
+def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     settings = recipe.settings
     yield from _collect(_device_problems(device))
     if settings is None:
@@ -129,6 +144,24 @@ def _fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     for model in models:
         if model not in found:
             yield f"`dam.data` has no entry for the source {model}: add one"
+
+
+def _start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
+    """Weights that give no start, and task vectors without what they subtract."""
+    for name, output in plan.tensors.items():
+        if settings.formula == "task_vectors" and plan.base not in output.inputs:
+            yield (
+                f"`formula: task_vectors` subtracts the base's {name}, but {plan.base} is not "
+                "among the inputs of that slice: add it to the slice's `sources`"
+            )
+            return
+        rows = [row for row, model in enumerate(plan.sources) if model in output.inputs]
+        starting_weights(plan, name, rows, settings)
+
+
+def _config_problems(recipe: Recipe, options: MergeOptions) -> Iterator[str]:
+    require_one_config(recipe.merge, options)
+    yield from ()
 
 
 def _device_problems(device: str) -> Iterator[str]:

@@ -63,7 +63,7 @@ def _require_sound(path: str, recipes: dict[str | None, Recipe]) -> None:
             problems.append(f"{where}`parameters.coefficients` is the file of {other}, too")
         files[recipe.coefficients] = name
     if problems:
-        raise DamError(f"{path}: " + "; ".join(problems) + ".")
+        raise DamError(f"{path}: " + "; ".join(problems).rstrip(".") + ".")
 
 
 def _patched(recipe: Recipe, names: set[str | None], folder: str) -> tuple[Recipe, set]:

@@ -1,21 +1,22 @@
 """Going on with a fit that was killed, and never with another one's checkpoints."""
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
 
 from mergekit_dam.coefficients import Header
 from mergekit_dam.config import Recipe
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
+
+RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 
 def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict
         "contents of the sources": [source.model_dump() for source in header.sources],
         "contents of the base": header.base and header.base.model_dump(),
         "rows of the data": [rows.digest() for rows in data],
-        "versions": [header.package, torch.__version__, transformers.__version__],
+        "versions": [header.package, *map(version, ("mergekit", "torch", "transformers"))],
     }
     return json.loads(json.dumps(same))  # as it will be read again
 
@@ -43,7 +44,12 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
 
     `same` is the identity of the fit that is to go on.
     """
-    record, last = folder / "fit.json", last_checkpoint(folder)
+    record, last = folder / RECORD, last_checkpoint(folder)
+    if last is None and _is_foreign(folder):
+        raise DamError(
+            f"{folder} is there and holds no fit's checkpoints, for which the fit would use it: "
+            "move it away, or give the coefficient file another name."
+        )
     if last is None:
         if is_main_process():
             _write(record, same)
@@ -63,10 +69,27 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
     return last
 
 
+def _is_foreign(folder: Path) -> bool:
+    if not folder.is_dir():
+        return folder.exists()
+    return any(folder.iterdir()) and not (folder / RECORD).exists()
+
+
 def discard_empty(folder: Path) -> None:
     """A fit that ended before its first checkpoint leaves nothing to go on from."""
-    if is_main_process() and last_checkpoint(folder) is None:
-        shutil.rmtree(folder, ignore_errors=True)
+    if last_checkpoint(folder) is None:
+        discard(folder)
+
+
+def discard(folder: Path) -> None:
+    """Remove the checkpoints of a fit, and nothing else that may lie beside them."""
+    if not is_main_process() or not (folder / RECORD).exists():
+        return
+    for checkpoint in folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / RECORD).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
+        folder.rmdir()
 
 
 def _write(record: Path, same: dict[str, Any]) -> None:
@@ -84,9 +107,12 @@ def _write(record: Path, same: dict[str, Any]) -> None:
 
 def _read(record: Path) -> dict[str, Any]:
     try:
-        return json.loads(record.read_text(encoding="utf-8"))
+        earlier = json.loads(record.read_text(encoding="utf-8"))
     except (OSError, ValueError):
+        earlier = None
+    if not isinstance(earlier, dict) or "versions" not in earlier:
         raise DamError(
             f"{record} is missing or damaged, so nothing tells which fit the checkpoints beside "
             "it belong to: remove the folder to start over."
-        ) from None
+        )
+    return earlier

@@ -11,13 +11,14 @@ from mergekit.options import MergeOptions
 
 import mergekit_dam
 from mergekit_dam import coefficients as files
+from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.data import SourceData, StepRows
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.resume import digest, discard_empty, find_checkpoint, identity
+from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpoint, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
@@ -63,11 +64,24 @@ def fit(
         header = _train(prepared, folder, checkpoint, quiet=options.quiet)
     except (DamError, OSError, RuntimeError) as error:
         discard_empty(folder)
+        _blame_sources(prepared)
         raise _in_words(error, folder) from error
     if is_main_process():
         files.save(out, prepared.merged.coefficients(), header)
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
     return header
+
+
+def _blame_sources(prepared: Fit) -> None:
+    """A fit that failed over a source that is not sound says so. Only then is it worth the
+    reading of every weight."""
+    found = prepared.merged.not_finite()
+    if found is not None:
+        number, name = found
+        raise DamError(
+            f"The source {prepared.plan.sources[number]} holds NaN or infinity in {name}: leave it "
+            "out, or download it again."
+        )
 
 
 def _in_words(error: Exception, folder: Path) -> Exception:
@@ -87,6 +101,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula)
+    require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     data = load_data(settings, plan)
     preparation = prepare_as(plan, settings)
@@ -179,7 +194,7 @@ def _require_finite(merged: MergedModel, folder: Path) -> None:
     """Coefficients that a fit ends with; a loss on the way is the trainer's to watch."""
     for name, coefficient in merged.coefficients().items():
         if not torch.isfinite(coefficient).all():
-            shutil.rmtree(folder, ignore_errors=True)  # nobody can go on from there
+            discard(folder)  # nobody can go on from there
             raise DamError(
                 f"The coefficients of {name} became NaN or infinite in the fit: lower "
                 "`dam.learning_rate`. Nothing was written."

@@ -1,5 +1,7 @@
 """Where a fit starts: the plain average, or the weights of the YAML."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -7,7 +9,7 @@ from mergekit_dam.config import Settings
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import coefficient_shape
 from mergekit_dam.model import Role, Skeleton, SourceWeights, Stack
-from mergekit_dam.plan import OutputTensor, Plan
+from mergekit_dam.plan import Plan
 from mergekit_dam.task_vectors import Preparation, resolve
 
 
@@ -23,7 +25,7 @@ def start(
         stack = weights[name]
         shape = _shape(name, stack, skeleton, settings)
         values = torch.zeros(len(plan.sources))
-        given = _weights(plan, plan.tensors[name], stack, settings)
+        given = starting_weights(plan, name, stack.rows, settings)
         values[list(stack.rows)] = torch.tensor(given)
         result[name] = values.reshape(-1, *[1] * len(shape)).expand(-1, *shape).clone()
     return result
@@ -41,28 +43,28 @@ def _shape(name: str, stack: Stack, skeleton: Skeleton, settings: Settings) -> t
     )
 
 
-def _weights(plan: Plan, output: OutputTensor, stack: Stack, settings: Settings) -> list[float]:
-    """One starting coefficient for each source that has the tensor.
+def starting_weights(plan: Plan, name: str, rows: Sequence[int], settings: Settings) -> list[float]:
+    """One starting coefficient for each source that has the tensor, given by its row.
 
     As in mergekit: `linear` divides by the sum of the weights unless told otherwise, methods on
     task vectors do not, or have divided in preparing them.
     """
-    given = [output.input_parameters[plan.sources[row]].get("weight") for row in stack.rows]
+    output, is_prepared = plan.tensors[name], settings.sparsify != "task_arithmetic"
+    given = [output.input_parameters[plan.sources[row]].get("weight") for row in rows]
     if all(weight is None for weight in given):
-        count = len(stack.rows) if stack.prepared is None else len(plan.sources)
-        return [1 / count] * len(stack.rows)
+        return [1 / (len(plan.sources) if is_prepared else len(rows))] * len(rows)
     if None in given:
-        source = plan.sources[stack.rows[given.index(None)]]
+        source = plan.sources[rows[given.index(None)]]
         raise DamError(
-            f"`weight` is given for some sources of {output.name} and not for {source}: give it "
-            "for all of them, or for none to start from the plain average."
+            f"`weight` is given for some sources of {name} and not for {source}: give it for all "
+            "of them, or for none to start from the plain average."
         )
     normalize = output.parameters.get("normalize")
     if settings.formula == "weights" and normalize is not False:
         if (total := sum(given)) == 0:
-            raise DamError(f"The weights of {output.name} sum up to zero: change them.")
+            raise DamError(f"The weights of {name} sum up to zero: change them.")
         return [weight / total for weight in given]
-    if settings.formula == "task_vectors" and stack.prepared is None:
+    if settings.formula == "task_vectors" and not is_prepared:
         scale = output.parameters.get("lambda")
         divisor = sum(given) if normalize else 1.0
         return [weight * (1.0 if scale is None else scale) / (divisor or 1.0) for weight in given]

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import StepRows, collate
 from mergekit_dam.errors import DamError
+from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit.objective import Distillation
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -130,9 +132,19 @@ def last_checkpoint(folder: Path) -> str | None:
     found = []
     for path in folder.glob("checkpoint-*"):
         match = CHECKPOINT.search(path.name)
-        if match and _is_json(path / "trainer_state.json"):
+        if match and _is_json(path / "trainer_state.json") and _is_whole(path):
             found.append((int(match.group(1)), path))
     return str(max(found)[1]) if found else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether the coefficients and the optimiser can be read; a disk may have been full."""
+    try:
+        return is_whole(checkpoint / "model.safetensors") and zipfile.is_zipfile(
+            checkpoint / "optimizer.pt"
+        )
+    except (DamError, OSError):
+        return False
 
 
 def _is_json(path: Path) -> bool:

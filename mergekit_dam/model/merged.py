@@ -80,6 +80,15 @@ class MergedModel(nn.Module):
             for rows in [self._weights[name].rows]
         ]
 
+    def not_finite(self) -> tuple[int, str] | None:
+        """(source, output tensor) of the first weight that is NaN or infinite."""
+        for name in self._weights.names():
+            stack = self._weights[name]
+            for row, source in zip(stack.rows, stack.sources, strict=True):
+                if not torch.isfinite(source).all():
+                    return row, name
+        return None
+
     @torch.no_grad()
     def interference(self) -> list[Tensor]:
         """For each trained tensor [pairs, *B]: sin²(2θ), θ being the angle between D_i and D_j.
