@@ -112,6 +112,26 @@ def test_mistakes_are_told_before_the_first_merge(chain, tmp_path):
     assert "has none" in message(chain[:2])
 
 
+def test_missing_data_and_models_are_told_before_the_first_merge(chain, tmp_path):
+    out, steps = tmp_path / "out", tmp_path / "out.steps"
+    chain[0]["dam"]["data"][0]["path"] = "gone.jsonl"
+    chain[2]["models"][1]["model"] = "./nowhere"
+    message = refusal("mergekit-dam", "run", write(tmp_path, chain), out)
+    assert "gone.jsonl" in message
+    assert "./nowhere" in message or "nowhere" in message
+    assert not steps.exists()
+
+
+def test_a_step_of_another_config_is_not_taken(chain, tmp_path):
+    path = write(tmp_path, chain)
+    run("mergekit-dam", "run", path, tmp_path / "a", "-I", tmp_path / "steps", "--quiet")
+    chain[1]["models"][0]["parameters"]["weight"] = 3.0
+    path = write(tmp_path, chain)
+    message = refusal("mergekit-dam", "run", path, tmp_path / "b", "-I", tmp_path / "steps")
+    assert str(tmp_path / "steps" / "soup") in message
+    assert "--intermediate-dir" in message
+
+
 @pytest.mark.parametrize("command", ["fit", "check"])
 def test_other_commands_take_one_merge(chain, tmp_path, command):
     assert "mergekit-dam run" in refusal("mergekit-dam", command, write(tmp_path, chain))
