@@ -133,7 +133,7 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
     tasks = MergePlanner(merge, architecture, options, config).plan_to_disk(out_path="")
     vocabulary = _vocabulary(merge, tasks)
     if vocabulary is not None:
-        padding = merge.tokenizer.pad_to_multiple_of if merge.tokenizer else None
+        padding = _padding(merge)
         tokenizer = vocabulary.info.tokenizer
         _update_config_vocab(config, architecture, tokenizer, pad_to_multiple_of=padding)
     else:
@@ -179,7 +179,7 @@ def _over_vocabulary(
         gather_tensors=output.gather,
         tokenizer_task=vocabulary.task,
         tokens=None,
-        pad_to_multiple_of=merge.tokenizer.pad_to_multiple_of if merge.tokenizer else None,
+        pad_to_multiple_of=_padding(merge),
         base_model=None,
         vocabulary_axis=output.vocabulary_axis,
     )
@@ -239,14 +239,18 @@ def require_model(model: ModelReference, options: MergeOptions) -> None:
         ) from error
 
 
+def _padding(merge: MergeConfiguration) -> int | None:
+    """The multiple to which the YAML pads the vocabulary."""
+    return merge.tokenizer.pad_to_multiple_of if merge.tokenizer else None
+
+
 def _vocabulary(merge: MergeConfiguration, tasks: Iterable[Task]) -> Vocabulary | None:
     """What mergekit makes of the YAML's tokenizer setting, where there is one."""
     for task in tasks:
         if isinstance(task, BuildTokenizer):
             ((_, info),) = Executor([task]).run(quiet=True)
             size = len(info.tokenizer.get_vocab())
-            multiple = (merge.tokenizer and merge.tokenizer.pad_to_multiple_of) or 1
-            return Vocabulary(task, info, size + -size % multiple)
+            return Vocabulary(task, info, size + -size % (_padding(merge) or 1))
     return None
 
 
