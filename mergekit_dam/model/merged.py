@@ -8,20 +8,21 @@ skeleton with one source's own tensors in place of the merged ones; it costs no 
 """
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import alignment, combine
-from mergekit_dam.model.assembly import Assembly
+from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.skeleton import Skeleton, set_places
-from mergekit_dam.model.weights import SourceWeights
+from mergekit_dam.model.weights import SourceWeights, Stack
+
+View = int | Literal["merge", "average"]
 
 
 class MergedModel(nn.Module):
@@ -43,9 +44,10 @@ class MergedModel(nn.Module):
             self.register_parameter(self._names[name], parameter)
         self._weights, self._dtype = weights, dtype
         self._teachers = dict(teachers or {})
-        self._view: int | Literal["merge", "average"] = "merge"  # whose weights the blocks get
+        self._view: View = "merge"  # whose weights the blocks get
+        self._intercept: Call | None = None
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
-        self._skeleton = (_with_made_weights(skeleton, self._make, self._recomputes),)
+        self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
 
     @property
     def model(self) -> nn.Module:
@@ -128,15 +130,43 @@ class MergedModel(nn.Module):
         return self._seen_as("average")
 
     @contextmanager
-    def _seen_as(self, view):
+    def intercepted(self, call: Call) -> Iterator[None]:
+        """A context in which every block is run by `call(block, args, kwargs)`."""
+        self._intercept = call
+        try:
+            yield
+        finally:
+            self._intercept = None
+
+    def block_weights(self, block: Block, view: "View") -> dict[str, Tensor]:
+        """The weights of one block as a source (its number), the merge or the average has them."""
+        with self._seen_as(view):
+            return block.weights()
+
+    def has_own_model(self, source: int) -> bool:
+        """Whether a source is no filling of the merge's skeleton, but a model of its own."""
+        return source in self._teachers
+
+    def stack(self, name: str) -> Stack:
+        """The inputs of one output tensor."""
+        return self._weights[name]
+
+    def _call(self, block: Block, args: tuple, kwargs: dict):
+        if self._intercept is not None:
+            return self._intercept(block, args, kwargs)
+        if self._view == "merge" and torch.is_grad_enabled():
+            return checkpoint(
+                block.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
+            )
+        return block.run(*args, **kwargs)
+
+    @contextmanager
+    def _seen_as(self, view: "View"):
         before, self._view = self._view, view
         try:
             yield
         finally:
             self._view = before
-
-    def _recomputes(self) -> bool:
-        return self._view == "merge" and torch.is_grad_enabled()
 
     def _make(self, name: str) -> Tensor:
         """One weight of the present view, in the dtype of the forward pass."""
@@ -175,63 +205,3 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient: Tensor):
         return gradient, None
-
-
-class _Block(nn.Module):
-    """Stands in a block's place in the skeleton and gives it its weights at each call."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        path: str,  # its name in the skeleton
-        tensors: Mapping[str, str],  # the block's parameters and buffers -> output tensors
-        assemblies: Sequence[Assembly],  # of its other parameters
-        make: Callable[[str], Tensor],
-        recomputes: Callable[[], bool],
-    ):
-        super().__init__()
-        self.block, self._path = block, path
-        self._tensors, self._assemblies = dict(tensors), tuple(assemblies)
-        self._make, self._recomputes = make, recomputes
-
-    def __getattr__(self, name: str):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:  # models ask their layers for attributes, such as attention_type
-            return getattr(super().__getattr__("block"), name)
-
-    def forward(self, *args, **kwargs):
-        if self._recomputes():
-            return checkpoint(
-                self._run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
-        return self._run(*args, **kwargs)
-
-    def _run(self, *args, **kwargs):
-        weights = {local: self._make(name) for local, name in self._tensors.items()}
-        for assembly in self._assemblies:
-            made = assembly({name: self._make(name) for name in assembly.names})
-            weights |= {name.removeprefix(f"{self._path}."): w for name, w in made.items()}
-        return functional_call(self.block, weights, args, kwargs, tie_weights=False)
-
-
-def _with_made_weights(
-    skeleton: Skeleton, make: Callable[[str], Tensor], recomputes: Callable[[], bool]
-) -> nn.Module:
-    """Put a `_Block` in the place of every block of the skeleton."""
-    missing = set(skeleton.tensors) | {p for a in skeleton.assemblies for p in a.parameters}
-    for path, block in list(skeleton.blocks()):
-        own = {name for name in missing if name.startswith(f"{path}.")}
-        tensors = {
-            name.removeprefix(f"{path}."): skeleton.tensors[name]
-            for name in own & skeleton.tensors.keys()
-        }
-        assemblies = [a for a in skeleton.assemblies if own.issuperset(a.parameters)]
-        missing -= own
-        parent, _, child = path.rpartition(".")
-        wrapped = _Block(block, path, tensors, assemblies, make, recomputes)
-        setattr(skeleton.model.get_submodule(parent), child, wrapped)
-    # A parameter without a value would compute with uninitialised memory, silently.
-    if missing:
-        raise DamError(f"The fit gives no weights to {', '.join(sorted(missing))} of the model.")
-    return skeleton.model

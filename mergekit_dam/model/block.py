@@ -1,0 +1,74 @@
+"""A part of the skeleton whose weights are made at each call and exist no longer than it needs."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mergekit_dam.errors import DamError
+from mergekit_dam.model.assembly import Assembly
+from mergekit_dam.model.skeleton import Skeleton
+
+Call = Callable[["Block", tuple, dict], Any]  # runs a block with the arguments that it was given
+
+
+class Block(nn.Module):
+    """Stands in a block's place in the skeleton and gives it its weights at each call."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        path: str,  # its name in the skeleton
+        tensors: Mapping[str, str],  # the block's parameters and buffers -> output tensors
+        assemblies: Sequence[Assembly],  # of its other parameters
+        make: Callable[[str], Tensor],
+        call: "Call",
+    ):
+        super().__init__()
+        self.block, self.path, self.tensors = block, path, dict(tensors)
+        self._assemblies, self._make, self._call = tuple(assemblies), make, call
+
+    def __getattr__(self, name: str):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # models ask their layers for attributes, such as attention_type
+            return getattr(super().__getattr__("block"), name)
+
+    def forward(self, *args, **kwargs):
+        return self._call(self, args, kwargs)
+
+    def run(self, *args, **kwargs):
+        """The block with its present weights, made here and not kept."""
+        return self.run_with(self.weights(), *args, **kwargs)
+
+    def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
+        return functional_call(self.block, weights, args, kwargs, tie_weights=False)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The block's parameters and buffers, by their names in it."""
+        weights = {local: self._make(name) for local, name in self.tensors.items()}
+        for assembly in self._assemblies:
+            made = assembly({name: self._make(name) for name in assembly.names})
+            weights |= {name.removeprefix(f"{self.path}."): w for name, w in made.items()}
+        return weights
+
+
+def with_made_weights(skeleton: Skeleton, make: Callable[[str], Tensor], call: Call) -> nn.Module:
+    """Put a `Block` in the place of every block of the skeleton."""
+    missing = set(skeleton.tensors) | {p for a in skeleton.assemblies for p in a.parameters}
+    for path, block in list(skeleton.blocks()):
+        own = {name for name in missing if name.startswith(f"{path}.")}
+        tensors = {
+            name.removeprefix(f"{path}."): skeleton.tensors[name]
+            for name in own & skeleton.tensors.keys()
+        }
+        assemblies = [a for a in skeleton.assemblies if own.issuperset(a.parameters)]
+        missing -= own
+        parent, _, child = path.rpartition(".")
+        wrapped = Block(block, path, tensors, assemblies, make, call)
+        setattr(skeleton.model.get_submodule(parent), child, wrapped)
+    # A parameter without a value would compute with uninitialised memory, silently.
+    if missing:
+        raise DamError(f"The fit gives no weights to {', '.join(sorted(missing))} of the model.")
+    return skeleton.model
