@@ -8,7 +8,7 @@ skeleton with one source's own tensors in place of the merged ones; it costs no 
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
