@@ -8,11 +8,10 @@ from typing import Any
 import datasets
 import pytest
 import tiny
-import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mergekit_dam.config import DataSettings, Settings
-from mergekit_dam.data import Row, SourceData, StepRows, batch, collate, is_local, load_rows
+from mergekit_dam.data import Row, SourceData, is_local, load_rows
 from mergekit_dam.errors import DamError
 
 BOS, EOS = 1, 2
@@ -323,27 +322,3 @@ def test_a_damaged_file_is_named_in_one_sentence(load: Load, tmp_path: Path) -> 
 )
 def test_what_is_a_file_and_what_a_name_on_the_hub(path: str, local: bool) -> None:
     assert is_local(path) == local
-
-
-# ---- batches
-
-
-def test_a_batch_is_padded_to_its_own_longest() -> None:
-    result = batch([[5, 6, 7], [8], [9, 4]], [0, 0, 1])
-    assert result["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0], [9, 4, 0]]
-    assert result["lengths"].tolist() == [3, 1, 2]
-    assert result["sources"].tolist() == [0, 0, 1]
-    assert {tensor.dtype for tensor in result.values()} == {torch.int64}
-
-
-def test_collate_puts_source_after_source() -> None:
-    items = [[[1, 11], [2, 22, 222]], [[1, 12], [2, 23]]]  # two items of two sources
-    result = collate(items)
-    assert result["sources"].tolist() == [0, 0, 1, 1]
-    assert result["lengths"].tolist() == [2, 2, 3, 2]
-    assert result["input_ids"].tolist() == [[1, 11, 0], [1, 12, 0], [2, 22, 222], [2, 23, 0]]
-
-
-def test_an_item_has_a_row_of_every_source_and_short_ones_begin_again() -> None:
-    rows = StepRows([SourceData([[1], [2], [3]], []), SourceData([[7], [8]], [[9]])])
-    assert [rows[index] for index in range(len(rows))] == [[[1], [7]], [[2], [8]], [[3], [7]]]

@@ -13,8 +13,8 @@ from mergekit.options import MergeOptions
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
-from mergekit_dam.data import batch
 from mergekit_dam.fit import fit
+from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.stage import Fit, prepare
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
-from mergekit_dam.data import Row, batch
+from mergekit_dam.data import Row
+from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.objective import among, predicted
 from mergekit_dam.model import MergedModel
 

@@ -13,8 +13,9 @@ import mergekit_dam
 from mergekit_dam import coefficients as files
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
-from mergekit_dam.data import SourceData, StepRows
+from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation

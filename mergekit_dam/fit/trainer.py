@@ -15,9 +15,9 @@ from transformers.trainer_callback import ProgressCallback
 
 from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.data import StepRows, collate
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fit.batches import StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
