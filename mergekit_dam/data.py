@@ -18,7 +18,16 @@ from mergekit_dam.errors import DamError
 # File name endings -> the builder of `datasets` that reads them.
 BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
 
-Row = list[int]  # token ids
+
+@dataclass(frozen=True)
+class Row:
+    """A text as the model reads it."""
+
+    ids: list[int]
+    start: int = 0  # first position whose next token counts; those before predict a prompt
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,8 @@ class SourceData:
 
     def digest(self) -> str:
         """Changes when any token does."""
-        return hashlib.sha256(json.dumps([self.train, self.held_out]).encode()).hexdigest()[:16]
+        rows = [[(row.ids, row.start) for row in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
 
 
 def is_local(path: str) -> bool:
@@ -59,7 +69,7 @@ def load_rows(
 
     def tokens(split: str) -> list[Row]:
         chosen = _choose(_load(entry, split), examples, settings.seed)
-        rows = [_tokenize(row, entry, tokenizer, source_tokenizer, length) for row in chosen]
+        rows = [Row(_tokenize(row, entry, tokenizer, source_tokenizer, length)) for row in chosen]
         rows = [row for row in rows if len(row) > 1]  # a token alone predicts nothing
         if not rows:
             raise DamError(f"{entry.path} (split {split}) has no row of two tokens or more.")
@@ -109,7 +119,7 @@ def _tokenize(
     tokenizer: PreTrainedTokenizerBase,
     source_tokenizer: PreTrainedTokenizerBase,
     length: int,
-) -> Row:
+) -> list[int]:
     messages = _messages(row, entry, has_template=source_tokenizer.chat_template is not None)
     if messages is not None:
         # A template writes the special tokens itself.

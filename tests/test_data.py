@@ -55,14 +55,14 @@ def load(tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path) -> Load
     return run
 
 
-def ids(text: str) -> Row:
+def ids(text: str) -> list[int]:
     """Token ids of plain characters."""
     return [len(tiny.SPECIAL) + tiny.LETTERS.index(letter) for letter in text]
 
 
-def every(data: SourceData) -> list[Row]:
+def every(data: SourceData) -> list[list[int]]:
     """All rows, without their order."""
-    return sorted([*data.train, *data.held_out])
+    return sorted(row.ids for row in (*data.train, *data.held_out))
 
 
 def texts(count: int = 20) -> list[dict]:
@@ -217,7 +217,7 @@ def test_no_row_is_both_trained_and_held_out(load: Load) -> None:
 def test_held_out_rows_are_not_the_files_first(load: Load) -> None:
     rows = texts(20)
     first = sorted([BOS, *ids(row["text"])] for row in rows[:10])
-    assert sorted(load(rows, held_out=0.5).held_out) != first
+    assert sorted(row.ids for row in load(rows, held_out=0.5).held_out) != first
 
 
 def test_one_row_cannot_be_shared(load: Load) -> None:
@@ -231,8 +231,8 @@ def test_a_named_split_is_held_out(load: Load, tmp_path: Path) -> None:
     tiny.write_jsonl(folder / "train.jsonl", [{"text": "ab"}, {"text": "cd"}])
     tiny.write_jsonl(folder / "validation.jsonl", [{"text": "ef"}])
     data = load(folder, held_out="validation")
-    assert sorted(data.train) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
-    assert data.held_out == [[BOS, *ids("ef")]]
+    assert sorted(row.ids for row in data.train) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+    assert data.held_out == [Row([BOS, *ids("ef")])]
 
 
 def test_a_slice_of_a_split(load: Load) -> None:
@@ -261,8 +261,9 @@ def test_another_seed_gives_others(load: Load) -> None:
 
 
 def test_the_digest_tells_train_from_held_out() -> None:
-    a, b = [[1, 2]], [[3, 4]]
+    a, b = [Row([1, 2])], [Row([3, 4])]
     assert SourceData(a, b).digest() != SourceData(b, a).digest()
+    assert SourceData(a, b).digest() != SourceData([Row([1, 2], start=1)], b).digest()
 
 
 # ---- formats

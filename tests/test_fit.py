@@ -14,9 +14,11 @@ import yaml
 from commands import SCRIPTS, refusal, run
 from mergekit.options import MergeOptions
 
+from mergekit_dam import losses
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
+from mergekit_dam.data import Row
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
@@ -72,7 +74,7 @@ def test_held_out_figures_are_means_over_all_predicted_tokens(recipe, models):
         source = tiny.load(models[number])
         kl, nll, tokens = 0.0, 0.0, 0
         for row in rows:
-            ids = torch.tensor([row])
+            ids = torch.tensor([row.ids])
             p = source(ids).logits[0, :-1].log_softmax(-1)
             q = fitted.merged(ids)[0, :-1].log_softmax(-1)
             kl += (p.exp() * (p - q)).sum().item()
@@ -91,7 +93,7 @@ def distillation(recipe, models) -> Distillation:
     return Distillation(fitted.merged, Objective())
 
 
-ROWS = [[1, 5, 6, 7], [1, 9, 8], [1, 4, 4, 12, 13, 14]]
+ROWS = [Row([1, 5, 6, 7]), Row([1, 9, 8]), Row([1, 4, 4, 12, 13, 14])]
 
 
 def test_loss_is_the_sum_over_sources_of_a_mean_over_tokens(distillation):
@@ -105,6 +107,28 @@ def test_a_batch_of_copies_has_the_loss_of_one(distillation):
     once = distillation(**batch(ROWS, [0, 1, 2]))["loss"]
     twice = distillation(**batch([*ROWS, *ROWS], [0, 1, 2] * 2))["loss"]
     torch.testing.assert_close(once, twice)
+
+
+def test_positions_before_a_rows_start_count_for_nothing(distillation):
+    """The start leaves three predictions of eight, as if they were those of three rows."""
+    row = Row([1, 4, 4, 12, 13, 14], start=3)
+    loss = distillation(**batch([ROWS[0], row], [0, 0]))
+    merged, ids = distillation.merged, torch.tensor([row.ids])
+    q, p = merged(ids), merged.teach(0, ids)
+    kept = [(merged(torch.tensor([ROWS[0].ids])), merged.teach(0, torch.tensor([ROWS[0].ids])))]
+    logits = [torch.cat([kept[0][i][0, :-1], (q, p)[i][0, 3:-1]]) for i in (0, 1)]
+    torch.testing.assert_close(loss["kl_1"], losses.kl(*logits, temperature=2.0))
+
+
+def test_held_out_figures_begin_at_a_rows_start(distillation):
+    whole, tail = Row([1, 4, 4, 12, 13, 14]), Row([1, 4, 4, 12, 13, 14], start=4)
+    (figures,) = evaluate(distillation.merged, [[tail]], 1)
+    assert figures.tokens == 1
+    (all_of_it,) = evaluate(distillation.merged, [[whole]], 1)
+    assert all_of_it.tokens == 5
+    ids = torch.tensor([whole.ids])
+    p = distillation.merged.teach(0, ids)[0, 4].log_softmax(-1)
+    assert figures.source_perplexity == pytest.approx(p[14].neg().exp().item(), rel=1e-5)
 
 
 def test_what_stands_in_the_padding_is_irrelevant(distillation):

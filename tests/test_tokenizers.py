@@ -13,6 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
+from mergekit_dam.data import Row
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.objective import Distillation
@@ -82,7 +83,7 @@ def test_rows_are_tokenised_with_the_merges_tokenizer(recipe, models):
     assert set("!?0a") <= vocabulary.keys()
     for source in prepared.data:
         for row in source.train:
-            assert row[0] == vocabulary["<bos>"]
+            assert row.ids[0] == vocabulary["<bos>"]
 
 
 def test_a_token_that_a_source_lacks_takes_no_part_in_its_loss(recipe, models):
@@ -94,7 +95,7 @@ def test_a_token_that_a_source_lacks_takes_no_part_in_its_loss(recipe, models):
     everything = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
     distillation = Distillation(prepared.merged, Objective(similarity=0), everything)
     ids = [vocabulary[token] for token in ("<bos>", "a", "b", "c")]
-    loss = distillation(**batch([ids], [1]))["loss"]
+    loss = distillation(**batch([Row(ids)], [1]))["loss"]
     p = prepared.merged.teach(1, torch.tensor([ids]))[0, :-1, known].div(2).log_softmax(-1)
     q = prepared.merged(torch.tensor([ids]))[0, :-1, known].div(2).log_softmax(-1)
     torch.testing.assert_close(loss, 4 * (p.exp() * (p - q)).sum(-1).mean())

@@ -28,10 +28,11 @@ def collate(items: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
 
 
 def batch(rows: Sequence[Row], sources: Sequence[int]) -> dict[str, Tensor]:
-    """input_ids [rows, longest], padded on the right; lengths [rows]; sources [rows]."""
-    tensors = [torch.tensor(row) for row in rows]
+    """input_ids [rows, longest], padded on the right; lengths, starts and sources [rows]."""
+    tensors = [torch.tensor(row.ids) for row in rows]
     return {
         "input_ids": torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True),
         "lengths": torch.tensor([len(row) for row in rows]),
+        "starts": torch.tensor([row.start for row in rows]),
         "sources": torch.tensor(sources),
     }

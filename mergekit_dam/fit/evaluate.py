@@ -39,7 +39,8 @@ def _figures(
 ) -> Figures:
     tokens, kl, merge_nll, source_nll = 0, 0.0, 0.0, 0.0
     for inputs in _batches(rows, source, batch_size, merged.device):
-        input_ids, mask = inputs["input_ids"], predicted(inputs["lengths"], inputs["longest"])
+        input_ids = inputs["input_ids"]
+        mask = predicted(inputs["lengths"], inputs["starts"], input_ids.shape[1])
         targets = input_ids.roll(-1, dims=1)
         if known is not None:  # a target that the source lacks says nothing about it
             mask = mask & torch.isin(targets, known.to(targets.device))
@@ -74,5 +75,4 @@ def _batches(
     ordered = sorted(rows, key=len, reverse=True)
     for start in range(0, len(ordered), batch_size):
         chosen = ordered[start : start + batch_size]
-        inputs = {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}
-        yield {**inputs, "longest": inputs["input_ids"].shape[1]}
+        yield {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}

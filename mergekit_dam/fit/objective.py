@@ -34,7 +34,9 @@ class Distillation(nn.Module):
         self._objective = objective
         self._interference = merged.interference() if objective.weighted_overlap else None
 
-    def forward(self, input_ids: Tensor, lengths: Tensor, sources: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, input_ids: Tensor, lengths: Tensor, starts: Tensor, sources: Tensor
+    ) -> dict[str, Tensor]:
         """`loss`, and each of its terms unweighted; terms of one source end in its number.
 
         All sources' rows go through the merged model together; each source teaches on its own
@@ -45,8 +47,9 @@ class Distillation(nn.Module):
         loss, terms = self._regularise()
         for source in sources.unique().tolist():
             rows = sources == source
-            student = logits[rows][predicted(lengths[rows], logits.shape[1])]
-            teacher = self._teacher(source, input_ids[rows], lengths[rows])
+            counted = predicted(lengths[rows], starts[rows], logits.shape[1])
+            student = logits[rows][counted]
+            teacher = self._teacher(source, input_ids[rows], lengths[rows], counted)
             student, teacher = among((student, teacher), self._known.get(source))
             for name, compare in COMPARISONS.items():
                 if weight := getattr(self._objective, name):
@@ -55,11 +58,11 @@ class Distillation(nn.Module):
                     terms[f"{name}_{source + 1}"] = term.detach()
         return {"loss": loss, **terms}
 
-    def _teacher(self, source: int, input_ids: Tensor, lengths: Tensor) -> Tensor:
+    def _teacher(self, source: int, input_ids: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
         """Logits [tokens, vocabulary] of a source on its own rows, cut to their own longest."""
         longest = int(lengths.max())
         logits = self.merged.teach(source, input_ids[:, :longest])
-        return logits[predicted(lengths, longest)]
+        return logits[counted[:, :longest]]
 
     def _regularise(self) -> tuple[Tensor, dict[str, Tensor]]:
         trained = self.merged.regularised()
@@ -83,6 +86,8 @@ def among(logits: Sequence[Tensor], known: Tensor | None) -> Sequence[Tensor]:
     return [part[:, known.to(part.device)] for part in logits]
 
 
-def predicted(lengths: Tensor, longest: int) -> Tensor:  # [rows] -> [rows, longest]
-    """The positions whose next token is real: they count; padding and a row's end do not."""
-    return torch.arange(longest, device=lengths.device) < (lengths - 1)[:, None]
+def predicted(lengths: Tensor, starts: Tensor, longest: int) -> Tensor:  # [rows, longest]
+    """The positions that count: those from a row's start whose next token is real. Padding, a
+    row's end and what predicts its prompt do not. `lengths` and `starts` are [rows]."""
+    positions = torch.arange(longest, device=lengths.device)
+    return (positions >= starts[:, None]) & (positions < (lengths - 1)[:, None])

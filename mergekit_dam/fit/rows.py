@@ -32,7 +32,7 @@ def load_source_data(source: ModelReference, settings: Settings, plan: Plan) -> 
 def _require_known(data: SourceData, plan: Plan, source: ModelReference) -> None:
     """A token id beyond the embedding would read foreign memory."""
     size = plan.model_config.get_text_config().vocab_size
-    highest = max(max(row) for row in (*data.train, *data.held_out))
+    highest = max(max(row.ids) for row in (*data.train, *data.held_out))
     if highest >= size:
         raise DamError(
             f"The data of {source} has the token id {highest}, but the merged model's vocabulary "
