@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 import torch
+from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 
 import mergekit_dam
@@ -50,14 +51,16 @@ def fit(
     *,
     device: str = "auto",
     resume: bool = False,
+    data: list[SourceData] | None = None,
 ) -> files.Header:
     """Fit the coefficients of a recipe, write them to `out` and return the file's header.
 
-    Killed at any moment and called again with `resume`, it ends with the same coefficients.
+    `data` are rows that take the place of the recipe's. Killed at any moment and called again
+    with `resume`, it ends with the same coefficients.
     Raises DamError for every mistake of the user's.
     """
     folder = Path(f"{out}.fit")
-    prepared = prepare(recipe, options, device=device)
+    prepared = prepare(recipe, options, device=device, data=data)
     if resume and is_fitted(out, prepared.header):
         return files.open_file(out).header
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
@@ -96,7 +99,13 @@ def _in_words(error: Exception, folder: Path) -> Exception:
     )
 
 
-def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> Fit:
+def prepare(
+    recipe: Recipe,
+    options: MergeOptions,
+    *,
+    device: str = "auto",
+    data: list[SourceData] | None = None,
+) -> Fit:
     """Plan the merge, read data and weights, build the merged model at its start."""
     settings, device = recipe.settings, choose_device(device)
     if options.quiet:
@@ -104,7 +113,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
     plan = plan_merge(recipe.merge, options, settings.formula)
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
-    data = load_data(settings, plan)
+    data = load_data(settings, plan) if data is None else data
     preparation = prepare_as(plan, settings)
     weights = SourceWeights(
         plan,
@@ -125,7 +134,7 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
         start(plan, skeleton, weights, settings),
         trained_tensors(skeleton, settings),
         dtype,
-        _teachers(recipe, plan, dtype, device),
+        own_models(recipe, plan, dtype, device),
     ).to(device)
     header = _header(recipe, plan, preparation)
     same = identity(recipe, header, data)
@@ -133,25 +142,31 @@ def prepare(recipe: Recipe, options: MergeOptions, *, device: str = "auto") -> F
     return Fit(settings, plan, merged, data, same, header)
 
 
-def _teachers(
+def own_models(
     recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str
 ) -> dict[int, MergedModel]:
     """The sources that the merge's skeleton cannot speak for (layers cut out, repeated or
     stacked): each the whole model as it is."""
-    teachers = {}
-    for number, source in enumerate(plan.sources):
-        if not plan.is_whole(source):
-            own = plan_source(plan, source, recipe.merge)
-            weights = SourceWeights(own, needs_base=False, device=device)
-            names = frozenset(weights.names())
-            skeleton = build_skeleton(
-                own.model_config,
-                names,
-                dtype=dtype,
-                trust_remote_code=plan.options.trust_remote_code,
-            )
-            teachers[number] = MergedModel(skeleton, weights, {}, set(), dtype)
-    return teachers
+    return {
+        number: own_model(source, recipe, plan, dtype, device)
+        for number, source in enumerate(plan.sources)
+        if not plan.is_whole(source)
+    }
+
+
+def own_model(
+    model: ModelReference, recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str
+) -> MergedModel:
+    """A model as it is, over the merge's vocabulary; it speaks as source number 0."""
+    own = plan_source(plan, model, recipe.merge)
+    weights = SourceWeights(own, needs_base=False, device=device)
+    skeleton = build_skeleton(
+        own.model_config,
+        frozenset(weights.names()),
+        dtype=dtype,
+        trust_remote_code=plan.options.trust_remote_code,
+    )
+    return MergedModel(skeleton, weights, {}, set(), dtype)
 
 
 def is_fitted(out: str, header: files.Header) -> bool:

@@ -22,7 +22,8 @@ from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.skeleton import Skeleton, set_places
 from mergekit_dam.model.weights import SourceWeights, Stack
 
-View = int | Literal["merge", "average"]
+# A source's number, the merge, the plain average, or weights that are given: output tensor -> S.
+View = int | Literal["merge", "average"] | Mapping[str, Tensor]
 
 
 class MergedModel(nn.Module):
@@ -44,6 +45,7 @@ class MergedModel(nn.Module):
             self.register_parameter(self._names[name], parameter)
         self._weights, self._dtype = weights, dtype
         self._teachers = dict(teachers or {})
+        self._device = torch.device("cpu")
         self._view: View = "merge"  # whose weights the blocks get
         self._intercept: Call | None = None
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
@@ -65,14 +67,15 @@ class MergedModel(nn.Module):
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else fn(buffer)
-        set_places(self.model, fn(torch.zeros(())).device)
+        self._device = fn(torch.zeros(())).device
+        set_places(self.model, self._device)
         for teacher in self._teachers.values():
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        return self._device
 
     def regularised(self) -> list[Tensor]:
         """Each trained tensor's coefficients [n, *B], of the n sources that have the tensor."""
@@ -120,10 +123,17 @@ class MergedModel(nn.Module):
 
         A source whose layers are not all in the merge, in their places, is a model of its own.
         """
-        if source in self._teachers:
-            return self._teachers[source].teach(0, input_ids)
-        with self._seen_as(source):
-            return self(input_ids)
+        with self.speaking_as(source) as model:
+            return model(input_ids)
+
+    @contextmanager
+    def speaking_as(self, view: "View") -> Iterator["MergedModel"]:
+        """A context with the model that computes what `view` computes: this one, or a source's
+        own."""
+        own = self._teachers.get(view) if isinstance(view, int) else None
+        model, view = (self, view) if own is None else (own, 0)
+        with model._seen_as(view):
+            yield model
 
     def as_average(self):
         """A context in which the model is the plain average of its sources."""
@@ -172,6 +182,8 @@ class MergedModel(nn.Module):
         """One weight of the present view, in the dtype of the forward pass."""
         if self._view == "merge":
             return self.merged_weight(name).to(self._dtype)
+        if isinstance(self._view, Mapping):
+            return self._given(name).to(self.device, self._dtype)
         stack = self._weights[name]
         if self._view == "average":
             share = torch.full((len(stack.rows), *[1] * len(stack.shape)), 1 / len(stack.rows))
@@ -183,7 +195,12 @@ class MergedModel(nn.Module):
                 f"Source number {self._view + 1} has no tensor {name}, which the merged model "
                 "needs, so it cannot teach: leave it out, or give it as the base alone."
             )
-        return weight.to(self._dtype)
+        return weight.to(self.device, self._dtype)
+
+    def _given(self, name: str) -> Tensor:
+        if name not in self._view:
+            raise DamError(f"The merge has no tensor {name}, which its model needs.")
+        return self._view[name]
 
     def merged_weight(self, name: str) -> Tensor:
         """An output tensor, rounded as the merge will write it; the gradient passes through."""
