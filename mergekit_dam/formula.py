@@ -85,10 +85,13 @@ class _Combine(torch.autograd.Function):
         ctx.sources, ctx.shape = sources, coefficients.shape
         accumulator = _accumulator(sources)
         merged = torch.zeros_like(sources[0], dtype=accumulator)
+        for coefficient, source in zip(coefficients.to(accumulator), sources, strict=True):
+            if base is None:
+                merged.addcmul_(source, coefficient)
+            else:  # rounded as mergekit's methods round task vectors: bit for bit the same
+                merged.add_(_difference(source, ctx.subtracted) * coefficient)
         if base is not None:
-            merged.copy_(base)
-        for coefficient, source in zip(coefficients, sources, strict=True):
-            merged.addcmul_(_difference(source, ctx.subtracted), coefficient.to(accumulator))
+            merged.add_(base)
         return merged.to(dtype)
 
     @staticmethod

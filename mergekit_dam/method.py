@@ -3,6 +3,10 @@
 A group method, because batch kernels see no tensor names and no model references.
 """
 
+import re
+import threading
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 import pydantic
@@ -36,7 +40,34 @@ def _require_path(value: Any) -> Any:
         )
     if value != TO_BE_FITTED:
         open_file(value)
-    return value
+    return PlannedPath(value, getattr(_thread, "outputs", None))
+
+
+@dataclass
+class Outputs:
+    """What a merge by YAML will write, as far as it is planned."""
+
+    names: set[str] = field(default_factory=set)
+    are_checked: bool = False  # against the coefficient file
+
+
+class PlannedPath(str):
+    """The path of a coefficient file, with the plan of the merge that reads it.
+
+    None where there is no such plan: raw files (`mergekit-pytorch`) and tensors in memory may
+    be a part of the model.
+    """
+
+    outputs: Outputs | None
+
+    def __new__(cls, path: str, outputs: Outputs | None):
+        self = super().__new__(cls, path)
+        self.outputs = outputs
+        return self
+
+
+_thread = threading.local()  # `outputs`: of the merge that this thread is planning
+SLICE = re.compile(r"\.slices\[\d+\]$")  # how the planner names a slice where it begins
 
 
 # Parameters of mergekit's own methods, so that their configs need another method's name alone.
@@ -70,9 +101,31 @@ class DamMerge(GroupMergeMethod):
         contract=InputContract(),
     )
 
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """mergekit's planner calls this for every slice, then for every output tensor, after it
+        has read the tensor's parameters: so the file is known to be for these and no others."""
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name is None:  # tensors in memory, or raw files
+            _thread.outputs = None
+        elif SLICE.search(group_name):
+            _thread.outputs = Outputs()
+        elif (outputs := getattr(_thread, "outputs", None)) is not None:
+            outputs.names.add(group_name)
+
+    def __call__(self, groups: Sequence[TensorGroup], /, **settings: Any) -> tuple[Tensor, ...]:
+        _thread.outputs = None  # tensors in memory
+        return super().__call__(groups, **settings)
+
     def merge_group(self, group: TensorGroup, /, *, coefficients: str, **_fits: Any) -> Tensor:
         """The merged tensor, in the dtype to which mergekit has brought the inputs."""
         file, name = open_file(coefficients), group.metadata.name
+        _require_no_others(file, getattr(coefficients, "outputs", None))
         if name is None:
             raise DamError("merge_method dam finds coefficients by name: give the tensors names.")
         rows = _rows(file, group)
@@ -109,6 +162,19 @@ class DamMerge(GroupMergeMethod):
                     f"{file.path} was fitted for the source {source.reference}, which is not "
                     "among the config's models: add it, or fit the coefficients again."
                 )
+
+
+def _require_no_others(file: CoefficientFile, outputs: Outputs | None) -> None:
+    """Refuse a file with coefficients of tensors that the merge does not write. Once: a mixture
+    of experts has tens of thousands."""
+    if outputs is None or outputs.are_checked:
+        return
+    if others := file.names - outputs.names:
+        raise DamError(
+            f"{file.path} has coefficients for {min(others)}, which this merge does not write: fit "
+            "them with this config."
+        )
+    outputs.are_checked = True
 
 
 def _rows(file: CoefficientFile, group: TensorGroup) -> dict[int, Tensor]:

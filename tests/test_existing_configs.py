@@ -17,6 +17,7 @@ from mergekit_dam.fit import fit
 from mergekit_dam.fit.stage import prepare
 
 QUIET = MergeOptions(quiet=True)
+DETERMINISTIC = ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties")
 RANDOM = ("dare_linear", "dare_ties", "della", "della_linear")
 SCALAR = [0.6, 0.3, 0.4]
 GRADIENT = [[0.1, 0.9], [0.5, 0.2, 0.3], [0.4, 0.4]]
@@ -50,11 +51,25 @@ def both(recipe, models, method: str, parameters: list[dict], shared: dict, **da
     return path
 
 
-def assert_same_merge(path: Path, tmp_path: Path) -> None:
+def in_dtype(path: Path, dtype: str) -> Path:
+    """The same recipe, and mergekit's beside it, merged in another dtype."""
+    for file in (path, path.parent / "stock.yml"):
+        document = yaml.safe_load(file.read_text()) | {"dtype": dtype}
+        file.write_text(yaml.safe_dump(document))
+    return path
+
+
+def merged(path: Path, tmp_path: Path) -> tuple[dict, dict]:
+    """The tensors of the merge by dam, and of mergekit's own."""
     run("mergekit-dam", "run", path, tmp_path / "dam", "--quiet")
     run("mergekit-yaml", path.parent / "stock.yml", tmp_path / "stock", "--quiet")
     ours, stock = (load_file(tmp_path / n / "model.safetensors") for n in ("dam", "stock"))
     assert ours.keys() == stock.keys()
+    return ours, stock
+
+
+def assert_same_merge(path: Path, tmp_path: Path) -> None:
+    ours, stock = merged(path, tmp_path)
     for name, tensor in stock.items():
         torch.testing.assert_close(ours[name], tensor, rtol=2e-6, atol=5e-7, msg=name)
 
@@ -87,6 +102,55 @@ def test_task_vectors(recipe, models, tmp_path, method, weights):
     parameters = [{"weight": weight, **own} for weight in weights]
     settings = {"formula": "task_vectors", "sparsify": method}
     assert_same_merge(both(recipe, models, method, parameters, shared, **settings), tmp_path)
+
+
+# mergekit divides by the weights' sum and multiplies by lambda after it has summed up; here both
+# are in the coefficients. Without them there is nothing to round differently.
+AS_IT_IS = {
+    "linear": {"normalize": False},
+    "task_arithmetic": {},
+    "ties": {"normalize": False},
+    "breadcrumbs": {},
+    "breadcrumbs_ties": {},
+    "dare_linear": {},
+    "dare_ties": {},
+    "della": {"normalize": False},
+    "della_linear": {},
+}
+
+
+@pytest.mark.parametrize("weights", [SCALAR, GRADIENT, FILTER], ids=["scalar", "list", "filter"])
+@pytest.mark.parametrize("method", AS_IT_IS)
+def test_in_float32_the_start_is_mergekits_merge_bit_for_bit(
+    recipe, models, tmp_path, method, weights
+):
+    own, _ = CASES.get(method, ({}, {}))
+    parameters = [{"weight": weight, **own} for weight in weights]
+    settings = {"formula": "task_vectors", "sparsify": method} if method in CASES else {}
+    path = both(recipe, models, method, parameters, AS_IT_IS[method], **settings)
+    ours, stock = merged(path, tmp_path)
+    assert all(torch.equal(ours[name], tensor) for name, tensor in stock.items())
+
+
+@pytest.mark.parametrize("method", ["linear", *DETERMINISTIC])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_in_half_precision_the_start_is_nearer_to_the_exact_merge_than_mergekits(
+    recipe, models, tmp_path, method, dtype
+):
+    """mergekit sums task vectors up in the models' dtype; the formula does in float32."""
+    own, shared = CASES.get(method, ({}, {}))
+    parameters = [{"weight": weight, **own} for weight in SCALAR]
+    settings = {"formula": "task_vectors", "sparsify": method} if method in CASES else {}
+    halves = [tiny.cast(m, tmp_path / m.name, getattr(torch, dtype)) for m in models]
+    path = both(recipe, halves, method, parameters, shared, **settings)
+    ours, stock = merged(in_dtype(path, dtype), tmp_path)
+    _, exact = merged(in_dtype(path, "float64"), tmp_path / "exact")
+
+    def error(tensors: dict, name: str) -> float:
+        return (tensors[name] - exact[name]).abs().mean().item()
+
+    for name in exact:
+        assert error(ours, name) <= error(stock, name) * (1 + 1e-9), name
 
 
 @pytest.mark.parametrize("shared", [{"rescale": True}, {"normalize": False}, {"int8_mask": True}])

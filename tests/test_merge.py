@@ -9,7 +9,8 @@ import tiny
 import torch
 import yaml
 from commands import SCRIPTS, refusal, run
-from mergekit.merge_methods import merge_state_dicts
+from mergekit.merge import run_merge
+from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
@@ -18,6 +19,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.stage import prepare
+from mergekit_dam.plan import plan_merge
 
 QUIET = MergeOptions(quiet=True)
 
@@ -293,10 +295,40 @@ class TestRefusals:
         for command in ("mergekit-yaml", "mergekit-dam merge"):
             assert name in refusal(*command.split(), config, tmp_path / "out")
         save(path, {**good, "model.extra.weight": good[name].clone()}, file.header)
-        assert "model.extra.weight" in refusal("mergekit-dam", "merge", config, tmp_path / "out")
+        for command in ("mergekit-yaml", "mergekit-dam merge"):
+            message = refusal(*command.split(), config, tmp_path / "out")
+            assert "model.extra.weight, which this merge does not write" in message
         save(path, {**good, name: torch.ones(3, 7)}, file.header)
         for command in ("mergekit-yaml", "mergekit-dam merge"):
             assert "[7]" in refusal(*command.split(), config, tmp_path / "out")
+
+
+def test_a_file_for_more_layers_than_the_merge_writes(config, models, tmp_path):
+    """The same sources, of which the merge cuts a layer out."""
+    document = yaml.safe_load(config.read_text())
+    del document["models"]
+    sources = [{"model": str(folder), "layer_range": [0, 1]} for folder in models]
+    document["slices"] = [{"sources": sources}]
+    config.write_text(yaml.safe_dump(document))
+    for command in ("mergekit-yaml", "mergekit-dam merge"):
+        assert "model.layers.1." in refusal(*command.split(), config, tmp_path / command)
+
+
+def test_only_a_merge_that_is_planned_must_write_every_tensor(config, models, tmp_path):
+    """mergekit's API may merge a part of a model, after a merge by YAML in the same process."""
+    merge, plan = read_recipe(str(config)).merge, read_recipe(str(config)).merge
+    del plan.models[1:]  # other sources, planned in between
+    run_merge(merge.model_copy(deep=True), str(tmp_path / "out"), QUIET)
+    plan_merge(plan, QUIET, "weights")
+    name, file = "model.norm.weight", str(tmp_path / "dam.safetensors")
+    tensors = [weights(folder)[name] for folder in models]
+    settings = {"parameters": {"coefficients": file}}
+    expected = weights(tmp_path / "out")[name]
+    assert torch.equal(merge_tensors(tensors, "dam", name=name, **settings), expected)
+    part = merge_state_dicts([{name: tensor} for tensor in tensors], "dam", **settings)
+    assert torch.equal(part[name], expected)
+    run_merge(merge, str(tmp_path / "again"), QUIET)
+    assert same(weights(tmp_path / "again"), weights(tmp_path / "out"))
 
 
 def test_an_optional_tensor_that_one_source_lacks(recipe, tmp_path):

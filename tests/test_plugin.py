@@ -59,6 +59,16 @@ out["loader"] = type(methods.registry.__spec__.loader).__name__
 """,
         {},
     ),
+    "hook_alone": (
+        """
+import torch
+before = set(sys.modules)
+from mergekit_dam import plugin
+plugin.autoload()
+out["new"] = sorted(set(sys.modules) - before)
+""",
+        OFF,
+    ),
     "mergekit_first": (
         """
 import mergekit.merge_methods as methods
@@ -173,9 +183,35 @@ def test_autoload_is_idempotent(result) -> None:
     assert out["count"] == 1
 
 
-def test_autoload_takes_about_a_millisecond_at_most(result) -> None:
+def test_autoload_itself_takes_next_to_nothing(result) -> None:
     out, _ = result("torch_alone")
-    assert max(out["seconds"]) < 5e-3  # 1 ms is meant; a busy machine may be slow
+    assert max(out["seconds"]) < 1e-3
+
+
+def test_the_hook_adds_two_modules_to_what_torch_has_loaded(result) -> None:
+    out, _ = result("hook_alone")
+    assert out["new"] == ["mergekit_dam", "mergekit_dam.plugin"]
+
+
+TIMED = """
+import contextlib, importlib.util, sys, time, warnings  # which torch has loaded
+start = time.perf_counter()
+from mergekit_dam.plugin import autoload
+autoload()
+print(time.perf_counter() - start)
+"""
+
+
+def test_importing_torch_takes_less_than_a_millisecond_more(tmp_path: Path) -> None:
+    """All that the entry point costs, in fresh processes with compiled files, as pip leaves them.
+    The best of several: other work on the machine can only add to it."""
+    kept = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    environment = kept | {"PYTHONPYCACHEPREFIX": str(tmp_path)}
+    seconds = [
+        float(subprocess.check_output([sys.executable, "-c", TIMED], env=environment, text=True))
+        for _ in range(12)
+    ]
+    assert min(seconds) < 1e-3
 
 
 def test_the_registry_keeps_its_real_loader(result) -> None:

@@ -75,6 +75,13 @@ def save_models(
     return [save_model(folder / f"m{seed}", config, seed, dtype) for seed in range(count)]
 
 
+def cast(folder: Path, copy: Path, dtype: torch.dtype) -> Path:
+    """The same checkpoint in another dtype."""
+    AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).save_pretrained(copy)
+    save_tokenizer(copy)
+    return copy
+
+
 def load(folder: Path) -> transformers.PreTrainedModel:
     """A checkpoint, loaded strictly: nothing missing, nothing left over."""
     model, info = AutoModelForCausalLM.from_pretrained(

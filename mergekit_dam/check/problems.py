@@ -226,7 +226,10 @@ def _file_problems(
     for name in sorted(expected - file.names)[:3]:
         yield f"{path} has no coefficients for the tensor {name}: fit them with this config"
     for name in sorted(file.names - set(plan.tensors))[:3]:
-        yield f"{path} has coefficients for {name}, which this merge does not write: fit them again"
+        yield (
+            f"{path} has coefficients for {name}, which this merge does not write: fit them with "
+            "this config"
+        )
     for name in sorted(expected & file.names):
         file.get(name)
         if (shape := shapes.shape(name)) is not None:
