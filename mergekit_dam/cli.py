@@ -1,25 +1,37 @@
-"""The command line: `mergekit-dam fit | merge | run | check`.
+"""The command line: `mergekit-dam fit | merge | run | check`, and the commands on files.
 
-Every command takes mergekit-yaml's own flags, and so imports mergekit; what only a fit needs is
+These four take mergekit-yaml's own flags, and so import mergekit; what only a fit needs is
 imported inside the commands.
 """
 
 import functools
-import logging
-import traceback
-from collections.abc import Callable
 
 import click
-from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from mergekit.options import MergeOptions
 
 import mergekit_dam
-from mergekit_dam.errors import DamError
+from mergekit_dam import file_commands
+from mergekit_dam.command import merge_command
 
 RESUME = click.option("--resume", is_flag=True, help="Go on with a fit that was interrupted.")
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT where it is not empty.")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Group(click.Group):
+    """Lists the commands in groups, as mergekit's help lists its options."""
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        on_files = {command.name for command in file_commands.COMMANDS}
+        groups = {"Commands": [], "Commands on coefficient files": []}
+        for name, command in self.commands.items():
+            title = list(groups)[name in on_files]
+            groups[title].append((name, command.get_short_help_str(formatter.width)))
+        for title, rows in groups.items():
+            with formatter.section(title):
+                formatter.write_dl(rows)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(mergekit_dam.__version__)
 def main() -> None:
     """Differentiable Adaptive Merging for mergekit.
@@ -29,40 +41,6 @@ def main() -> None:
     """
 
 
-def _command(function: Callable) -> Callable:
-    """A subcommand with mergekit's flags, whose errors are one sentence unless -v is given."""
-
-    @functools.wraps(function)
-    def wrapper(merge_options: MergeOptions, **arguments):
-        _set_up_logging(merge_options)
-        try:
-            function(merge_options=merge_options, **arguments)
-        except KeyboardInterrupt:
-            click.echo(
-                "Interrupted. A fit goes on from its last checkpoint with --resume.", err=True
-            )
-            raise SystemExit(130) from None
-        except Exception as error:
-            if merge_options.verbosity:
-                traceback.print_exc()
-            if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
-                raise
-            summary = " ".join(str(error).split()) or type(error).__name__
-            raise DamError(f"{summary} ({type(error).__name__}; -v shows where).") from error
-
-    return main.command(cls=PrettyPrintHelp)(add_merge_options(wrapper))
-
-
-def _set_up_logging(options: MergeOptions) -> None:
-    import transformers
-
-    options.apply_global_options()
-    if not options.verbosity:
-        logging.getLogger().setLevel(logging.ERROR)
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
-
-
 def _fit_device(options: MergeOptions) -> str:
     """mergekit merges on the CPU unless told; a fit takes a GPU where there is one."""
     source = click.get_current_context().get_parameter_source("device")
@@ -70,7 +48,7 @@ def _fit_device(options: MergeOptions) -> str:
     return options.device if given else "auto"
 
 
-@_command
+@merge_command
 @click.argument("config")
 @click.option("--out", help="Coefficient file to write [default: parameters.coefficients].")
 @RESUME
@@ -87,7 +65,7 @@ def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool)
         _say(merge_options, f"{table}\n\nThe coefficients are in {written}.")
 
 
-@_command
+@merge_command
 @click.argument("config")
 @click.argument("out")
 @OVERWRITE
@@ -99,7 +77,7 @@ def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -
     merge_checked(read_recipe(config), out, merge_options, overwrite=overwrite)
 
 
-@_command
+@merge_command
 @click.argument("config")
 @click.argument("out")
 @RESUME
@@ -136,7 +114,7 @@ def run(
     )
 
 
-@_command
+@merge_command
 @click.argument("config")
 def check(merge_options: MergeOptions, config: str) -> None:
     """List the mistakes in CONFIG without loading weights, then what the fit will need."""
@@ -154,6 +132,10 @@ def check(merge_options: MergeOptions, config: str) -> None:
         reads_data=True,
     )
     click.echo(f"{config} is ready to fit.\n{estimate}")
+
+
+for command in (check, fit, run, merge, *file_commands.COMMANDS):
+    main.add_command(command)
 
 
 def _say(options: MergeOptions, text: str) -> None:

@@ -76,6 +76,8 @@ class Header(Frozen):
     preparation: Preparation | None = None  # of sparsified task vectors
     tokenizer: Any = None  # the YAML's `tokenizer` or `tokenizer_source`
     settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
+    merge: dict[str, Any] = {}  # mergekit's part of the YAML, without `coefficients`
+    origin: str = "fit"  # or a sentence that tells of what else the file was made
     identity: str | None = None  # changes with whatever the fit depends on
     results: Results | None = None
 

@@ -15,12 +15,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam import table
 from mergekit_dam.adapters import with_lora_cache
-from mergekit_dam.coefficients import open_file
 from mergekit_dam.config import Recipe
 from mergekit_dam.errors import DamError
+from mergekit_dam.hub import DEFAULT_NAME, local_file, open_coefficients
 from mergekit_dam.output import MERGE_RECORD, appearing, require_free
 
-COEFFICIENTS_NAME = "dam.safetensors"
 CONFIG_PLACE = "<the config goes here>"
 
 
@@ -52,7 +51,7 @@ def merge(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool = 
         if options.write_model_card:
             _write_card(folder, recipe, original)
         if recipe.merge.merge_method == "dam":
-            shutil.copyfile(recipe.coefficients, folder / COEFFICIENTS_NAME)
+            shutil.copyfile(local_file(recipe.coefficients), folder / DEFAULT_NAME)
 
 
 def _require_device(options: MergeOptions) -> None:
@@ -65,7 +64,7 @@ def _write_card(folder: Path, recipe: Recipe, merge: MergeConfiguration) -> None
     """What mergekit itself writes, and our table below it."""
     card = _card(merge, recipe.text, folder.name)
     if recipe.merge.merge_method == "dam":
-        header = open_file(recipe.coefficients).header
+        header = open_coefficients(recipe.coefficients).header
         card += "\n" + table.as_markdown(header) if header.results else ""
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / MERGE_RECORD).write_text(recipe.text, encoding="utf-8")

@@ -21,9 +21,10 @@ from mergekit.merge_methods.base import (
 from torch import Tensor
 
 from mergekit_dam import plugin
-from mergekit_dam.coefficients import CoefficientFile, open_file
+from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine
+from mergekit_dam.hub import open_coefficients
 from mergekit_dam.sources import match
 from mergekit_dam.task_vectors import prepare
 
@@ -39,7 +40,7 @@ def _require_path(value: Any) -> Any:
             "`mergekit-dam fit CONFIG`."
         )
     if value != TO_BE_FITTED:
-        open_file(value)
+        open_coefficients(value)
     return PlannedPath(value, getattr(_thread, "outputs", None))
 
 
@@ -93,7 +94,8 @@ class DamMerge(GroupMergeMethod):
                 Annotated[str | None, pydantic.AfterValidator(_require_path)],
                 ParameterScope.SHARED,
                 default=None,
-                description="path of the file that `mergekit-dam fit` has written",
+                description="the file that `mergekit-dam fit` has written: a path, or a file "
+                "on the Hub, user/repo[@revision][/file]",
             ),
             *(_fits(name, ParameterScope.INPUT, float) for name in INPUT_PARAMETERS),
             *(_fits(name, ParameterScope.SHARED, kind) for name, kind in SHARED_PARAMETERS.items()),
@@ -124,7 +126,7 @@ class DamMerge(GroupMergeMethod):
 
     def merge_group(self, group: TensorGroup, /, *, coefficients: str, **_fits: Any) -> Tensor:
         """The merged tensor, in the dtype to which mergekit has brought the inputs."""
-        file, name = open_file(coefficients), group.metadata.name
+        file, name = open_coefficients(coefficients), group.metadata.name
         _require_no_others(file, getattr(coefficients, "outputs", None))
         if name is None:
             raise DamError("merge_method dam finds coefficients by name: give the tensors names.")

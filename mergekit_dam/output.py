@@ -82,6 +82,22 @@ def appearing(out: str) -> Iterator[Path]:
         shutil.rmtree(workplace, ignore_errors=True)
 
 
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a file that is whole or not there."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, target)
+    except OSError as error:
+        raise DamError(
+            f"{path} cannot be written ({error.strerror}): give another place."
+        ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def _remove_left_over(target: Path) -> None:
     """Half merges of processes that were killed; not those of processes still at work."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.partial-(\d+)")

@@ -47,16 +47,20 @@ def _mean(figures: Sequence[Figures]) -> Figures:
 
 def as_text(header: Header) -> str:
     """Aligned columns for a terminal."""
-    table = [COLUMNS, *rows(header)]
-    widths = [max(len(row[column]) for row in table) for column in range(len(COLUMNS))]
-    lines = [
+    head, *lines = aligned([COLUMNS, *rows(header)])
+    return "\n".join([head, "-" * max(map(len, (head, *lines))), *lines])
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with columns of one width, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
         "  ".join(
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
-        for row in table
+        for row in rows
     ]
-    return "\n".join([lines[0], "-" * sum(widths, 2 * (len(widths) - 1)), *lines[1:]])
 
 
 def as_markdown(header: Header) -> str:

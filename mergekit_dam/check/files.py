@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergekit_dam.coefficients import is_coefficient_file
 from mergekit_dam.config import Recipe
+from mergekit_dam.hub import parse
 
 
 def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -> Iterator[str]:
@@ -21,6 +22,11 @@ def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -
         yield f"{coefficients}: mergekit does not know `~`, write the path out"
     elif os.path.isdir(coefficients):
         yield f"{coefficients} is a folder: the coefficients are one file, give its path"
+    elif will_fit and parse(coefficients) and not coefficients.endswith(".safetensors"):
+        yield (
+            f"{coefficients} is the name of a repository on the Hub, and a fit writes a local "
+            "file: end its name with .safetensors"
+        )
     elif will_fit:
         yield from _writing_problems(Path(coefficients))
 

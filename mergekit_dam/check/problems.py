@@ -12,7 +12,6 @@ from mergekit.options import MergeOptions
 from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.headers import HeaderShapes
-from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.recipe import match_reference
@@ -21,6 +20,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import load_source_data
 from mergekit_dam.fit.start import starting_weights
+from mergekit_dam.hub import open_coefficients
 from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
 from mergekit_dam.sources import match
 
@@ -205,7 +205,7 @@ def _file_problems(
     path: str, settings: Settings | None, plan: Plan, shapes: HeaderShapes
 ) -> Iterator[str]:
     """A coefficient file against the plan of the merge that shall read it."""
-    file = CoefficientFile(path)
+    file = open_coefficients(path)
     if settings and settings.formula != file.header.formula:
         yield (
             f"{path} was fitted with `formula: {file.header.formula}`, not "

@@ -33,6 +33,13 @@ class Recipe:
         value = (self.merge.parameters or {}).get("coefficients")
         return value if isinstance(value, str) else None
 
+    @property
+    def mergekit_part(self) -> dict[str, Any]:
+        """mergekit's own keys, without the path of the coefficients."""
+        fields = self.merge.model_dump(mode="json", exclude_defaults=True)
+        fields.get("parameters", {}).pop("coefficients", None)
+        return fields
+
 
 def read_recipe(path: str) -> Recipe:
     """A file with one merge by dam.

@@ -231,4 +231,5 @@ def _header(recipe: Recipe, plan: Plan, preparation: Preparation | None) -> file
         preparation=preparation,
         tokenizer=tokenizer,
         settings=settings.model_dump(mode="json", exclude_none=True),
+        merge=recipe.mergekit_part,
     )

@@ -1,0 +1,89 @@
+"""The commands on coefficient files: inspect, convert, blend.
+
+A FILE is a path, or user/repo[@revision][/file] on the Hub.
+"""
+
+import os
+from collections.abc import Sequence
+
+import click
+from mergekit.options import MergeOptions
+
+from mergekit_dam.command import file_command, merge_command
+from mergekit_dam.errors import DamError
+
+
+@file_command
+@click.argument("file")
+def inspect(file: str) -> None:
+    """Show what FILE holds: its sources, and a row for each kind of tensor."""
+    from mergekit_dam.hub import open_coefficients
+    from mergekit_dam.inspection import as_text
+    from mergekit_dam.summary import statistics
+
+    opened = open_coefficients(file)
+    click.echo(as_text(opened, statistics(opened)))
+
+
+@merge_command
+@click.argument("source")
+@click.argument("out")
+def convert(merge_options: MergeOptions, source: str, out: str) -> None:
+    """Turn SOURCE, a coefficient file with one number for each tensor, into a mergekit config of
+    `linear`; or SOURCE, a mergekit config, into a coefficient file."""
+    from mergekit_dam.coefficients import save
+    from mergekit_dam.convert import from_config, to_linear
+    from mergekit_dam.hub import local_file, open_coefficients
+    from mergekit_dam.output import write_text
+
+    _require_new(out)
+    if _is_yaml(local_file(source)):
+        save(out, *from_config(source, merge_options))
+        click.echo(
+            f"The coefficients are in {out}: merge with `merge_method: dam` and "
+            f"`parameters: {{coefficients: {out}}}` in the place of the method and its weights."
+        )
+    else:
+        write_text(out, to_linear(open_coefficients(source)))
+        click.echo(f"The config is in {out}: `mergekit-yaml {out} OUT` merges it.")
+
+
+@file_command
+@click.argument("files", nargs=-1, required=True)
+@click.option("--out", required=True, help="Coefficient file to write.")
+@click.option(
+    "--weight",
+    "weights",
+    type=float,
+    multiple=True,
+    help="What a file's coefficients are multiplied by: once for each file, in their order "
+    "[default: the mean].",
+)
+def blend(files: Sequence[str], out: str, weights: Sequence[float]) -> None:
+    """Add up FILES that were fitted on the same sources, or scale a single one.
+
+    With weights 0.7 and 0.3 the merge lies between those of two files; with one file and a weight
+    of 1.1 every coefficient grows by a tenth.
+    """
+    from mergekit_dam.blend import blend as add_up
+    from mergekit_dam.coefficients import save
+    from mergekit_dam.hub import open_coefficients
+
+    if weights and len(weights) != len(files):
+        raise DamError(f"{len(weights)} weights for {len(files)} files: give one for each.")
+    _require_new(out)
+    weights = weights or [1 / len(files)] * len(files)
+    save(out, *add_up([open_coefficients(file) for file in files], weights))
+    click.echo(f"The coefficients are in {out}.")
+
+
+def _is_yaml(path: str) -> bool:
+    return os.path.splitext(path)[1] in (".yml", ".yaml")
+
+
+def _require_new(out: str) -> None:
+    if os.path.exists(out):
+        raise DamError(f"{out} is there already: give another name, or remove it.")
+
+
+COMMANDS = (inspect, convert, blend)
