@@ -11,6 +11,7 @@ from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
 from mergekit_dam.data import Row
 from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.chunks import slices
 from mergekit_dam.fit.objective import among, predicted
 from mergekit_dam.model import MergedModel
 
@@ -37,7 +38,9 @@ def _figures(
     batch_size: int,
     known: Tensor | None,
 ) -> Figures:
-    tokens, kl, merge_nll, source_nll = 0, 0.0, 0.0, 0.0
+    # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
+    tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
+    heads = merged.head(), merged.head(source)
     for inputs in _batches(rows, source, batch_size, merged.device):
         input_ids = inputs["input_ids"]
         mask = predicted(inputs["lengths"], inputs["starts"], input_ids.shape[1])
@@ -46,21 +49,24 @@ def _figures(
             mask = mask & torch.isin(targets, known.to(targets.device))
             targets = torch.searchsorted(known.to(targets.device), targets)
         targets = targets[mask]
-        logits = (merged(input_ids)[mask], merged.teach(source, input_ids)[mask])
-        student, teacher = among(logits, known)
-        count = len(targets)
-        if count == 0:
-            continue
-        tokens += count
-        kl += losses.kl(student, teacher).item() * count
-        merge_nll += F.cross_entropy(student.float(), targets).item() * count
-        source_nll += F.cross_entropy(teacher.float(), targets).item() * count
+        states = [merged.states(input_ids)[mask], merged.states(input_ids, source)[mask]]
+        for chunk in slices(len(targets), merged.vocabulary):
+            logits = [head(part[chunk]) for head, part in zip(heads, states, strict=True)]
+            student, teacher = among(logits, known)
+            means = (
+                losses.kl(student, teacher),
+                F.cross_entropy(student.float(), targets[chunk]),
+                F.cross_entropy(teacher.float(), targets[chunk]),
+            )
+            totals += torch.stack(means).cpu() * len(student)
+        tokens += len(targets)
     tokens = max(tokens, 1)  # none where the source lacks every target
+    kl, merge_nll, source_nll = (totals / tokens).tolist()
     return Figures(
         tokens=tokens,
-        kl=kl / tokens,
-        perplexity=_perplexity(merge_nll / tokens),
-        source_perplexity=_perplexity(source_nll / tokens),
+        kl=kl,
+        perplexity=_perplexity(merge_nll),
+        source_perplexity=_perplexity(source_nll),
     )
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mergekit_dam import losses
 from mergekit_dam.config.settings import Objective
+from mergekit_dam.fit.chunks import ChunkedLoss, Terms
 from mergekit_dam.model import MergedModel
 
 COMPARISONS = {
@@ -32,6 +33,8 @@ class Distillation(nn.Module):
         self.merged = merged
         self._known = dict(enumerate(known_tokens))
         self._objective = objective
+        weights = {name: getattr(objective, name) for name in COMPARISONS}
+        self._weights = {name: weight for name, weight in weights.items() if weight}
         self._interference = merged.interference() if objective.weighted_overlap else None
 
     def forward(
@@ -43,26 +46,41 @@ class Distillation(nn.Module):
         rows alone. The loss is the sum over the sources of a mean over their tokens, so that a
         batch of copies has the loss of one.
         """
-        logits = self.merged(input_ids)
         loss, terms = self._regularise()
+        if not self._weights:
+            return {"loss": loss, **terms}
+        states, vocabulary = self.merged.states(input_ids), self.merged.vocabulary
+        distilled = ChunkedLoss(self.merged.head(), vocabulary)
         for source in sources.unique().tolist():
             rows = sources == source
-            counted = predicted(lengths[rows], starts[rows], logits.shape[1])
-            student = logits[rows][counted]
-            teacher = self._teacher(source, input_ids[rows], lengths[rows], counted)
-            student, teacher = among((student, teacher), self._known.get(source))
-            for name, compare in COMPARISONS.items():
-                if weight := getattr(self._objective, name):
-                    term = compare(student, teacher, self._objective.temperature)
-                    loss = loss + weight * term
-                    terms[f"{name}_{source + 1}"] = term.detach()
-        return {"loss": loss, **terms}
+            counted = predicted(lengths[rows], starts[rows], states.shape[1])
+            compare = self._comparison(source, input_ids[rows], lengths[rows], counted)
+            found = distilled.add(states[rows][counted], compare, self._weights)
+            terms |= {f"{name}_{source + 1}": term for name, term in found.items()}
+        return {"loss": loss + distilled.loss(), **terms}
 
-    def _teacher(self, source: int, input_ids: Tensor, lengths: Tensor, counted: Tensor) -> Tensor:
-        """Logits [tokens, vocabulary] of a source on its own rows, cut to their own longest."""
+    def _comparison(
+        self, source: int, input_ids: Tensor, lengths: Tensor, counted: Tensor
+    ) -> Terms:
+        """The terms of one source on its own rows, cut to their own longest: means over tokens."""
         longest = int(lengths.max())
-        logits = self.merged.teach(source, input_ids[:, :longest])
-        return logits[counted[:, :longest]]
+        with torch.no_grad():
+            states = self.merged.states(input_ids[:, :longest], source)
+            states = states[counted[:, :longest]]
+            head = self.merged.head(source)
+
+        def terms(student: Tensor, chunk: slice) -> dict[str, Tensor]:
+            with torch.no_grad():
+                teacher = head(states[chunk])
+            student, teacher = among((student, teacher), self._known.get(source))
+            share = len(student) / len(states)
+            temperature = self._objective.temperature
+            return {
+                name: share * COMPARISONS[name](student, teacher, temperature)
+                for name in self._weights
+            }
+
+        return terms
 
     def _regularise(self) -> tuple[Tensor, dict[str, Tensor]]:
         trained = self.merged.regularised()

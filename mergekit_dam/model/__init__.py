@@ -1,8 +1,17 @@
 """The merged model of the fit: a Hugging Face skeleton whose weights are made block by block."""
 
 from mergekit_dam.model.block import Block
-from mergekit_dam.model.merged import MergedModel
+from mergekit_dam.model.merged import Head, MergedModel
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
 from mergekit_dam.model.weights import SourceWeights, Stack
 
-__all__ = ["Block", "MergedModel", "Role", "Skeleton", "SourceWeights", "Stack", "build_skeleton"]
+__all__ = [
+    "Block",
+    "Head",
+    "MergedModel",
+    "Role",
+    "Skeleton",
+    "SourceWeights",
+    "Stack",
+    "build_skeleton",
+]

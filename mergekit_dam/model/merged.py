@@ -20,6 +20,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.formula import alignment, combine
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.skeleton import Skeleton, set_places
+from mergekit_dam.model.split import Split
 from mergekit_dam.model.weights import SourceWeights, Stack
 
 # A source's number, the merge, the plain average, or weights that are given: output tensor -> S.
@@ -50,6 +51,7 @@ class MergedModel(nn.Module):
         self._intercept: Call | None = None
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
+        self._split = Split(self.model)
 
     @property
     def model(self) -> nn.Module:
@@ -72,6 +74,11 @@ class MergedModel(nn.Module):
         for teacher in self._teachers.values():
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a position has."""
+        return self.model.config.get_text_config().vocab_size
 
     @property
     def device(self) -> torch.device:
@@ -135,6 +142,23 @@ class MergedModel(nn.Module):
         with model._seen_as(view):
             yield model
 
+    def states(self, input_ids: Tensor, view: "View | None" = None) -> Tensor:
+        """[rows, length, width]: what the head of a view makes logits of."""
+        if view in self._teachers:
+            return self._teachers[view].states(input_ids, 0)
+        with self._seen_as(self._view if view is None else view):
+            return self._split.states(input_ids)
+
+    def head(self, view: "View | None" = None) -> "Head":
+        """The head of a view, its weights made once."""
+        if view in self._teachers:
+            return self._teachers[view].head(0)
+        inside = [
+            m for m in self.model.modules() if isinstance(m, Block) and self._split.in_head(m)
+        ]
+        with self._seen_as(self._view if view is None else view):
+            return Head(self, self._split, {block.path: block.weights() for block in inside})
+
     def as_average(self):
         """A context in which the model is the plain average of its sources."""
         return self._seen_as("average")
@@ -142,11 +166,11 @@ class MergedModel(nn.Module):
     @contextmanager
     def intercepted(self, call: Call) -> Iterator[None]:
         """A context in which every block is run by `call(block, args, kwargs)`."""
-        self._intercept = call
+        before, self._intercept = self._intercept, call
         try:
             yield
         finally:
-            self._intercept = None
+            self._intercept = before
 
     def block_weights(self, block: Block, view: "View") -> dict[str, Tensor]:
         """The weights of one block as a source (its number), the merge or the average has them."""
@@ -210,6 +234,34 @@ class MergedModel(nn.Module):
         if torch.finfo(stack.dtype).bits >= torch.finfo(self._dtype).bits:
             return stack.merge(coefficients, stack.dtype)
         return _StraightThrough.apply(stack.merge(coefficients, self._dtype), stack.dtype)
+
+
+class Head:
+    """Makes logits [tokens, vocabulary] of states [tokens, width]."""
+
+    def __init__(self, merged: MergedModel, split: Split, made: dict[str, dict[str, Tensor]]):
+        self._merged, self._split = merged, split
+        self._made = {
+            (path, name): weight for path, own in made.items() for name, weight in own.items()
+        }
+        # The weights as leaves: what they are made of is no matter of each call.
+        self._leaves = {
+            key: weight.detach().requires_grad_(weight.requires_grad)
+            for key, weight in self._made.items()
+        }
+
+    def __call__(self, states: Tensor) -> Tensor:
+        with self._merged.intercepted(self._run):
+            return self._split.logits(states)
+
+    def _run(self, block: Block, args: tuple, kwargs: dict):
+        own = {name: leaf for (path, name), leaf in self._leaves.items() if path == block.path}
+        return block.run_with(own, *args, **kwargs)
+
+    def trained(self) -> list[tuple[Tensor, Tensor]]:
+        """(weight, leaf) of each weight that has a gradient: the leaf is what a call uses, the
+        weight what it was made as."""
+        return [(w, self._leaves[key]) for key, w in self._made.items() if w.requires_grad]
 
 
 class _StraightThrough(torch.autograd.Function):
