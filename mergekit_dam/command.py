@@ -57,7 +57,20 @@ def set_up_logging(options: MergeOptions) -> None:
     import transformers
 
     options.apply_global_options()
+    ours = logging.getLogger("mergekit_dam")
+    ours.handlers, ours.propagate = [_Warnings()], options.verbosity > 0
+    ours.setLevel(logging.NOTSET if options.verbosity else logging.WARNING)
     if not options.verbosity:
         logging.getLogger().setLevel(logging.ERROR)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
+
+
+class _Warnings(logging.Handler):
+    """Our own warnings, which are for the user, not for a log."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"Warning: {record.getMessage()}", err=True)

@@ -223,9 +223,24 @@ def test_values_out_of_range_are_named(
 
 
 def test_data_that_is_no_list_is_named(document: dict, check: Check) -> None:
-    message = only(check(put(document, "dam.data", dict(DATA[0]))))
+    message = only(check(put(document, "dam.data", "m0.jsonl")))
     assert message.startswith("`dam.data` ")
     assert "tuple" not in message  # a word of Python's, not of YAML's
+
+
+def test_one_entry_for_all_sources(document: dict, check: Check) -> None:
+    """Without a list and a source, or in a list for all the sources that have none."""
+    path = document["dam"]["data"][0]["path"]
+    listed = [document["dam"]["data"][0], {"source": "*", "path": path}]
+    for data in ({"path": path}, listed):
+        result = check(put(document, "dam.data", data))
+        assert result.exit_code == 0, result.output
+
+
+def test_mistakes_in_an_entry_for_all_sources_are_placed(document: dict, check: Check) -> None:
+    data = {"path": document["dam"]["data"][0]["path"], "exampels": 3}
+    message = only(check(put(document, "dam.data", data)))
+    assert message == "`dam.data.exampels` is not a key, did you mean `examples`?"
 
 
 @pytest.mark.parametrize("key", ["source", "path"])

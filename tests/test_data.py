@@ -1,17 +1,21 @@
 """From files to token ids: columns, conversations, lengths, held-out rows, batches."""
 
 import csv
+import gzip
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pydantic
 import pytest
 import tiny
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_dam.config import DataSettings, Settings
-from mergekit_dam.data import Row, SourceData, is_local, load_rows
+from mergekit_dam.data import Row, SourceData, benchmark_warning, load_rows
+from mergekit_dam.data.read import is_local
 from mergekit_dam.errors import DamError
 
 BOS, EOS = 1, 2
@@ -89,12 +93,12 @@ def test_a_named_column_goes_before_all_others(load: Load, chat: bool) -> None:
 
 
 def test_a_missing_column_is_named_with_those_there_are(load: Load) -> None:
-    with pytest.raises(DamError, match=r"the column 'text' \(its columns are code, language\)"):
+    with pytest.raises(DamError, match=r"neither text.*\(its columns are code, language\)"):
         load([{"code": "a", "language": "b"}] * 2)
 
 
 def test_a_column_without_text_is_refused(load: Load) -> None:
-    with pytest.raises(DamError, match="a row without text in the column 'text'"):
+    with pytest.raises(DamError, match=r"neither text, nor .* \(its columns are text\)"):
         load([{"text": 3}, {"text": 4}])
 
 
@@ -156,6 +160,125 @@ def test_rows_of_several_kinds_are_each_read_as_what_they_are(load: Load) -> Non
 
 def test_an_empty_completion_is_no_text_of_its_own(load: Load) -> None:
     assert every(load([{"prompt": "ab", "completion": ""}] * 2)) == [[BOS, *ids("ab"), EOS]] * 2
+
+
+# ---- older shapes, and columns by other names
+
+SAID = {
+    "instruction": {"instruction": "a", "output": "b"},
+    "instruction with input": {"instruction": "a", "input": "c", "output": "b"},
+    "instruction with an empty input": {"instruction": "a", "input": "", "output": "b"},
+    "question": {"question": "a", "answer": "b"},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+}
+
+
+@pytest.mark.parametrize("shape", SAID)
+def test_older_shapes_are_known_by_their_columns(load: Load, shape: str) -> None:
+    prompt = "a\n\nc" if "with input" in shape else "a"
+    expected = load([{"prompt": prompt, "completion": "b"}] * 2, chat=True)
+    assert load([SAID[shape]] * 2, chat=True) == expected
+
+
+def test_columns_may_have_other_names(load: Load) -> None:
+    row = {"ask": "a", "say": "b", "text": "no", "messages": []}
+    columns = {"prompt": "ask", "completion": "say"}
+    assert load([row] * 2, columns=columns) == load([{"prompt": "a", "completion": "b"}] * 2)
+    said = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    expected = load([{"messages": said}] * 2, chat=True)
+    row = {"chosen": said, "prompt": "no", "completion": "no"}
+    assert load([row] * 2, chat=True, columns={"messages": "chosen"}) == expected
+
+
+def test_of_several_shapes_the_first_in_the_list_counts(load: Load) -> None:
+    row = {"question": "no", "answer": "no", "text": "no", "prompt": "a", "completion": "b"}
+    assert load([row] * 2) == load([{"prompt": "a", "completion": "b"}] * 2)
+
+
+def test_a_column_that_is_not_there_is_named(load: Load) -> None:
+    with pytest.raises(DamError, match=r"without prompt/completion in 'ask' and 'say' \(its col"):
+        load([{"ask": "a", "text": "b"}] * 2, columns={"prompt": "ask", "completion": "say"})
+
+
+@pytest.mark.parametrize("columns", [{}, {"prompt": "ask"}, {"promt": "a", "completion": "b"}])
+def test_columns_that_make_no_row_are_refused(load: Load, columns: dict) -> None:
+    with pytest.raises(pydantic.ValidationError, match=r"makes no row: name .*{question, answer}"):
+        load([{"text": "a"}] * 2, columns=columns)
+
+
+def test_keys_of_messages_without_a_value_do_not_reach_the_template(
+    load: Load, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`datasets` fills the keys that one message lacks and another has with None."""
+    template = "{% for m in messages %}{{ 'x' if 'name' in m else m.content }}{% endfor %}"
+    monkeypatch.setattr(tokenizers["chat"], "chat_template", template)
+    said = [{"role": "user", "content": "a"}, {"role": "user", "content": "b", "name": "n"}]
+    assert every(load([{"messages": said}] * 2, chat=True)) == [ids("ax")] * 2
+
+
+# ---- what counts
+
+
+def counted(data: SourceData) -> list[list[int]]:
+    """The tokens that are predicted, without those that count for nothing."""
+    return sorted(row.ids[row.start + 1 :] for row in (*data.train, *data.held_out))
+
+
+def test_every_token_but_the_first_counts(load: Load) -> None:
+    rows = [{"prompt": "ab", "completion": "cd"}] * 2
+    assert counted(load(rows)) == [[*ids("abcd"), EOS]] * 2
+
+
+@pytest.mark.parametrize("fit", [{"loss_on": "completion"}, {}])
+def test_only_the_completion_counts(load: Load, fit: dict) -> None:
+    entry = {} if fit else {"loss_on": "completion"}
+    rows = [{"prompt": "ab", "completion": "cd"}] * 2
+    data = load(rows, fit=fit, **entry)
+    assert every(data) == [[BOS, *ids("abcd"), EOS]] * 2
+    assert counted(data) == [[*ids("cd"), EOS]] * 2
+
+
+def test_an_entrys_own_loss_goes_first(load: Load) -> None:
+    data = load([{"text": "ab"}] * 2, fit={"loss_on": "completion"}, loss_on="all")
+    assert counted(data) == [ids("ab")] * 2
+
+
+def test_in_a_conversation_the_last_answer_counts(
+    load: Load, tokenizers: dict[str, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = TEMPLATE + "{% if add_generation_prompt %}a={% endif %}"
+    monkeypatch.setattr(tokenizers["chat"], "chat_template", template)
+    said = [
+        {"role": role, "content": text}
+        for role, text in (("user", "x"), ("assistant", "y"), ("user", "z"), ("assistant", "ab"))
+    ]
+    data = load([{"messages": said}] * 2, chat=True, loss_on="completion")
+    assert counted(data) == [[*ids("ab"), EOS]] * 2
+    data = load([{"prompt": "z", "completion": "ab"}] * 2, chat=True, loss_on="completion")
+    assert counted(data) == [[*ids("ab"), EOS]] * 2
+
+
+def test_a_row_whose_completion_is_cut_off_is_left_out(load: Load) -> None:
+    rows = [{"prompt": "abcdef", "completion": "g"}, *[{"prompt": "a", "completion": "b"}] * 2]
+    assert counted(load(rows, loss_on="completion", max_length=5)) == [[*ids("b"), EOS]] * 2
+    with pytest.raises(DamError, match="no row with a completion within 5 tokens: raise"):
+        load(rows[:1], loss_on="completion", max_length=5)
+
+
+def test_plain_text_has_no_completion(load: Load) -> None:
+    with pytest.raises(DamError, match=r"plain text, in which no completion begins.*\./m0"):
+        load([{"text": "ab"}] * 2, loss_on="completion")
+
+
+def test_a_token_across_the_border_counts(load: Load, tmp_path: Path) -> None:
+    """A tokenizer with merges may put the prompt's end and the completion's begin into one."""
+    merging = Tokenizer(models.BPE({"a": 0, "b": 1, "c": 2, "bc": 3}, [("b", "c")]))
+    fast = PreTrainedTokenizerFast(tokenizer_object=merging)
+    path = tiny.write_jsonl(tmp_path / "d.jsonl", [{"prompt": "ab", "completion": "ca"}] * 2)
+    entry = DataSettings(source="./m0", path=str(path), loss_on="completion")
+    data = load_rows(entry, Settings(data=(entry,)), fast, fast)
+    assert every(data) == [[0, 3, 0]] * 2
+    assert counted(data) == [[3, 0]] * 2
 
 
 # ---- lengths and numbers of rows
@@ -290,6 +413,61 @@ def test_every_format_gives_the_same_rows(load: Load, tmp_path: Path, ending: st
     assert every(load(path)) == [[BOS, *ids(text)] for text in ("ab", "cd", "ef")]
 
 
+def test_a_compressed_file(load: Load, tmp_path: Path) -> None:
+    with gzip.open(tmp_path / "data.jsonl.gz", "wt") as file:
+        file.write('{"text": "ab"}\n{"text": "cd"}\n')
+    assert every(load(tmp_path / "data.jsonl.gz")) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+
+
+def test_a_pattern_stands_for_several_files(load: Load, tmp_path: Path) -> None:
+    for name in ("ab", "cd"):
+        tiny.write_jsonl(tmp_path / f"part-{name}.jsonl", [{"text": name}])
+    assert every(load(tmp_path / "part-*.jsonl")) == [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+    with pytest.raises(DamError, match=r"none-\*\.jsonl of the source \./m0 does not exist"):
+        load(tmp_path / "none-*.jsonl")
+
+
+def test_a_configuration_by_name(load: Load, tmp_path: Path) -> None:
+    """A folder as it is on the Hub, whose card names two configurations."""
+    for name, text in (("one", "ab"), ("two", "cd")):
+        (tmp_path / name).mkdir()
+        tiny.write_jsonl(tmp_path / name / "train.jsonl", [{"text": text}] * 2)
+    (tmp_path / "README.md").write_text(
+        "---\nconfigs:\n- config_name: one\n  data_files: one/train.jsonl\n"
+        "- config_name: two\n  data_files: two/train.jsonl\n---\n"
+    )
+    assert every(load(tmp_path, name="two")) == [[BOS, *ids("cd")]] * 2
+
+
+def test_a_folder_that_save_to_disk_has_written(load: Load, tmp_path: Path) -> None:
+    rows = datasets.Dataset.from_dict({"text": ["ab", "cd"]})
+    rows.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict({"fit": rows}).save_to_disk(tmp_path / "several")
+    expected = [[BOS, *ids("ab")], [BOS, *ids("cd")]]
+    assert every(load(tmp_path / "one")) == expected
+    assert every(load(tmp_path / "several", split="fit")) == expected
+    with pytest.raises(DamError, match=r"has no split 'train': its splits.* are fit"):
+        load(tmp_path / "several")
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "txt"])  # `datasets` waits 5 s for parquet
+def test_streamed_rows(load: Load, tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"data.{ending}"
+    WRITERS[ending](path, [row["text"] for row in texts(20)])
+    data = load(path, streaming=True, examples=12)
+    assert data == load(path, streaming=True, examples=12)
+    whole = every(load(path))
+    assert len(every(data)) == 12
+    assert all(row in whole for row in every(data))
+    assert [row.ids for row in data.train] != whole[: len(data.train)]
+
+
+def test_a_stream_that_breaks_off_is_named(load: Load, tmp_path: Path) -> None:
+    (tmp_path / "data.jsonl").write_text('{"text": "ab"}\n{"text": \n')
+    with pytest.raises(DamError, match=r"data\.jsonl \(split train\).*cannot be read"):
+        load(tmp_path / "data.jsonl", streaming=True)
+
+
 def test_an_unknown_ending_is_refused(load: Load, tmp_path: Path) -> None:
     (tmp_path / "data.xyz").write_text("ab")
     with pytest.raises(DamError, match=r"data\.xyz has an ending that says nothing.*parquet"):
@@ -323,3 +501,28 @@ def test_a_damaged_file_is_named_in_one_sentence(load: Load, tmp_path: Path) -> 
 )
 def test_what_is_a_file_and_what_a_name_on_the_hub(path: str, local: bool) -> None:
     assert is_local(path) == local
+
+
+# ---- benchmarks
+
+
+@pytest.mark.parametrize(
+    ("entry", "benchmark"),
+    [
+        ({"path": "openai/gsm8k", "name": "main", "split": "test"}, "gsm8k"),
+        ({"path": "openai/gsm8k", "name": "main"}, None),
+        ({"path": "cais/mmlu", "name": "all", "split": "validation[:50%]"}, "mmlu"),
+        ({"path": "cais/mmlu", "name": "all", "split": "auxiliary_train"}, None),
+        ({"path": "allenai/ai2_arc", "name": "ARC-Challenge", "split": "test"}, "ai2 arc"),
+        ({"path": "data/hellaswag_val.jsonl"}, "hellaswag"),
+        ({"path": "openai/openai_humaneval", "split": "test"}, "humaneval"),
+        ({"path": "TIGER-Lab/MMLU-Pro"}, "mmlu pro"),
+        ({"path": "HuggingFaceH4/MATH-500"}, "math 500"),
+        ({"path": "latest/math_tests.jsonl"}, None),
+        ({"path": "me/raindrops", "split": "test"}, None),
+    ],
+)
+def test_a_benchmarks_test_set_is_known_by_its_name(entry: dict, benchmark: str | None) -> None:
+    warning = benchmark_warning(DataSettings(source="./m0", **entry))
+    assert (warning is None) == (benchmark is None)
+    assert benchmark is None or f"the test set of {benchmark}:" in warning

@@ -1,8 +1,10 @@
 """Finds every mistake that can be known without loading weights, all at once."""
 
 import difflib
+import logging
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit.config import MergeConfiguration
@@ -12,10 +14,12 @@ from mergekit.options import MergeOptions
 from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.headers import HeaderShapes
+from mergekit_dam.check.preview import preview
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.recipe import match_reference
-from mergekit_dam.data import is_local
+from mergekit_dam.config.settings import EVERY
+from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import load_source_data
@@ -23,6 +27,8 @@ from mergekit_dam.fit.start import starting_weights
 from mergekit_dam.hub import open_coefficients
 from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
 from mergekit_dam.sources import match
+
+LOG = logging.getLogger(__name__)
 
 
 def check(
@@ -34,8 +40,8 @@ def check(
     will_merge: bool,
     device: str = "auto",
     reads_data: bool = False,
-) -> Estimate | None:
-    """Raise one DamError that lists all mistakes; else what the fit needs (None without a fit).
+) -> "Outlook | None":
+    """Raise one DamError that lists all mistakes; else what is to come of a fit (None without one).
 
     `coefficients` is the file that the fit writes (`will_fit`) or the merge reads
     (`will_merge`); with both it is compared with the config where it exists already. With
@@ -62,19 +68,38 @@ def check(
         problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         problems += _collect(_file_problems(coefficients, settings, plan, shapes))
+    previews = []
     if reads_data and settings is not None and not of_fit:
-        problems += _collect(_row_problems(settings, plan))
+        previews = list(_previews(settings, plan, problems))
     result = None
     if will_fit and not problems:
         try:
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
-            result = estimate(plan, settings, shapes, skeleton)
+            result = Outlook(estimate(plan, settings, shapes, skeleton), tuple(previews))
         except DamError as error:
             problems.append(error.message)
     if problems:
         raise DamError(listed(recipe.path, problems))
+    if will_fit:
+        warn_of_benchmarks(settings)
     return result
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What a fit without mistakes will need, and what it will read."""
+
+    estimate: Estimate
+    previews: tuple[str, ...]  # of each source's rows, where they were read
+
+    def __str__(self) -> str:
+        return "\n\n".join([str(self.estimate), *self.previews])
+
+
+def warn_of_benchmarks(settings: Settings) -> None:
+    for warning in filter(None, map(benchmark_warning, settings.data)):
+        LOG.warning(warning)
 
 
 def listed(path: str, problems: list[str]) -> str:
@@ -110,13 +135,13 @@ def _is_under(path: str, folder: str) -> bool:
     return Path(folder).resolve() in Path(path).resolve().parents
 
 
-def _row_problems(settings: Settings, plan: Plan) -> Iterator[str]:
-    """Data that are there and cannot be read as rows."""
+def _previews(settings: Settings, plan: Plan, problems: list[str]) -> Iterator[str]:
+    """Each source's rows; data that are there and cannot be read as rows are problems."""
     for source in plan.sources:
         try:
-            load_source_data(source, settings, plan)
+            yield preview(str(source), load_source_data(source, settings, plan), plan.tokenizer)
         except DamError as error:
-            yield error.message
+            problems.append(error.message)
 
 
 def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
@@ -133,16 +158,16 @@ def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     models = source_models(recipe.merge, settings.formula)
     found = []
     for index, entry in enumerate(settings.data):
-        model = match_reference(entry.source, models)
+        model = EVERY if entry.source == EVERY else match_reference(entry.source, models)
         if model is None:
             yield _unknown_source(f"dam.data.{index}.source", entry.source, map(str, models))
         elif model in found:
             yield f"`dam.data.{index}` is a second entry for the source {model}: keep one"
         found.append(model)
-        if is_local(entry.path) and not os.path.exists(entry.path):
+        if is_missing(entry.path):
             yield f"`dam.data.{index}.path`: the data file {entry.path} does not exist"
     for model in models:
-        if model not in found:
+        if model not in found and EVERY not in found:
             yield f"`dam.data` has no entry for the source {model}: add one"
 
 

@@ -1,7 +1,7 @@
 """Reads the YAML that mergekit-yaml and mergekit-dam share."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_dam.config.keys import BLOCK, unknown_key, unknown_keys
-from mergekit_dam.config.settings import Settings
+from mergekit_dam.config.settings import EVERY, DataSettings, Settings
 from mergekit_dam.errors import DamError
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -123,15 +123,19 @@ def _parse_block(block: Any, problems: list[str]) -> Settings | None:
 
 
 def _place(problem: Mapping, fields: Any) -> tuple:
-    """Where the mistake is in the YAML: pydantic goes on with the names of types."""
+    """Where the mistake is in the YAML: pydantic puts the names of types and the numbers of
+    what it has made a list of between the keys."""
     place = ()
     for part in problem["loc"]:
-        is_there = part in fields if isinstance(fields, Mapping) else isinstance(part, int)
-        if not is_there and problem["type"] != "missing":
-            break
-        place = (*place, part)
-        fields = fields[part] if is_there else None
-    return place
+        if part in _keys(fields):
+            place, fields = (*place, part), fields[part]
+    return (*place, problem["loc"][-1]) if problem["type"] == "missing" else place
+
+
+def _keys(fields: Any) -> Collection:
+    if isinstance(fields, Mapping):
+        return fields.keys()
+    return range(len(fields)) if isinstance(fields, list) else ()
 
 
 def _in_words(problem: Mapping, place: tuple, model: type, prefix: str) -> str:
@@ -168,6 +172,21 @@ def _wrong_dtypes(document: Mapping) -> Iterator[str]:
         name = document.get(key)
         if name is not None and str(name).removeprefix("torch.") not in DTYPES:
             yield f"`{key}` is {name!r}: choose one of {', '.join(DTYPES)}"
+
+
+def data_entries(
+    settings: Settings, models: Iterable[ModelReference]
+) -> dict[ModelReference, DataSettings]:
+    """Each source's entry of `dam.data`; sources without one are left out."""
+    models = list(models)
+    entries = {match_reference(entry.source, models): entry for entry in settings.data[::-1]}
+    rest = next((entry for entry in settings.data if entry.source == EVERY), None)
+    found = {model: entries.get(model, rest) for model in models}
+    return {
+        model: entry.model_copy(update={"source": str(model)})
+        for model, entry in found.items()
+        if entry is not None
+    }
 
 
 def match_reference(name: str, models: Iterable[ModelReference]) -> ModelReference | None:

@@ -3,6 +3,7 @@
 docs/config.md is written from the descriptions here.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import pydantic
@@ -13,6 +14,20 @@ from mergekit_dam.task_vectors import Sparsify
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
+EVERY = "*"  # stands for each source that has no entry of its own
+LossOn = Literal["all", "completion"]
+
+# The columns that make a row; of those that a row has, the first in this order count. TRL's
+# shapes, then the older ones of Alpaca, of questions and answers, of ShareGPT.
+SHAPES = (
+    ("messages",),
+    ("prompt", "completion"),
+    ("text",),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("conversations",),
+)
 
 # arXiv 2410.08371, section 4; L1 and L2 are off there as in the published training script.
 PRESETS: dict[str, dict[str, Any]] = {
@@ -35,24 +50,50 @@ class _Block(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=Fals
 class DataSettings(_Block):
     """One source's own data."""
 
-    source: str = Field(description="the model, written as under `models`")
+    source: str = Field(
+        description="the model, written as under `models`; `*`: every source without an entry"
+    )
     path: str = Field(
-        description="a json, jsonl, parquet, csv or txt file, a folder, or a data set's Hub name"
+        description="a json, jsonl, parquet, csv or txt file, a pattern of such files "
+        "(`data/*.jsonl`), a folder, or a data set's Hub name"
     )
     name: str | None = Field(None, description="the data set's configuration on the Hub")
+    revision: str | None = Field(None, description="its commit, tag or branch on the Hub")
     split: str = Field("train", description="the split to train on; slices such as `train[:10%]`")
+    streaming: bool = Field(
+        False, description="read rows as they come, instead of downloading the data set first"
+    )
     held_out: Share | str | None = Field(
         None, description="share or named split that is held out; default: `dam.held_out`"
     )
-    text: str | None = Field(
-        None,
-        description="column with plain text; default: `messages`, else `prompt` and "
-        "`completion`, else `text`, whichever a row has",
+    text: str | None = Field(None, description="short for `columns: {text: ...}`")
+    columns: dict[str, str] | None = Field(
+        None, description="our names of the columns, each with the data's own; default: the same"
     )
+    loss_on: LossOn | None = Field(None, description="default: `dam.loss_on`")
     examples: int | None = Field(None, ge=2, description="rows used; default: `dam.examples`")
     max_length: int | None = Field(
         None, ge=2, description="tokens kept of a row; default: `dam.max_length`"
     )
+
+    @pydantic.field_validator("columns")
+    @classmethod
+    def _one_shape(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
+        if columns is not None and all(set(columns) != set(shape) for shape in SHAPES):
+            known = " or ".join(f"{{{', '.join(shape)}}}" for shape in SHAPES)
+            raise ValueError(f"makes no row: name {known}")
+        return columns
+
+    @pydantic.model_validator(mode="after")
+    def _one_mapping(self) -> "DataSettings":
+        if self.text is not None and self.columns is not None:
+            raise ValueError("give `text` or `columns`, not both")
+        return self
+
+    @property
+    def mapping(self) -> Mapping[str, str] | None:
+        """Our names of columns -> the data's; None: they are the same."""
+        return self.columns if self.text is None else {"text": self.text}
 
 
 class Objective(_Block):
@@ -106,7 +147,14 @@ class GranularityRule(_Block):
 class Settings(_Block):
     """The `dam:` block."""
 
-    data: tuple[DataSettings, ...] = Field(description="one entry for each source")
+    data: tuple[DataSettings, ...] = Field(
+        description="one entry for each source, or one alone without `source`, for all of them"
+    )
+    loss_on: LossOn = Field(
+        "all",
+        description="`completion`: what predicts a prompt counts for nothing, in the fit and in "
+        "the held-out figures",
+    )
     preset: Literal["paper"] | None = Field(
         None, description="`paper`: the published settings, where not given here"
     )
@@ -154,6 +202,11 @@ class Settings(_Block):
     report_to: tuple[str, ...] = Field(
         (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."
     )
+
+    @pydantic.field_validator("data", mode="before")
+    @classmethod
+    def _for_all(cls, data: Any) -> Any:
+        return ({"source": EVERY, **data},) if isinstance(data, Mapping) else data
 
     @pydantic.model_validator(mode="before")
     @classmethod

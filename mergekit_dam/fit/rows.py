@@ -3,7 +3,7 @@
 from mergekit.common import ModelReference
 
 from mergekit_dam.config import Settings
-from mergekit_dam.config.recipe import match_reference
+from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import SourceData, load_rows
 from mergekit_dam.errors import DamError
 from mergekit_dam.plan import Plan, load_tokenizer
@@ -16,9 +16,7 @@ def load_data(settings: Settings, plan: Plan) -> list[SourceData]:
 
 def load_source_data(source: ModelReference, settings: Settings, plan: Plan) -> SourceData:
     """Raises DamError for data that cannot be read, or do not fit the merge's vocabulary."""
-    entry = next(
-        (e for e in settings.data if match_reference(e.source, plan.sources) == source), None
-    )
+    entry = data_entries(settings, plan.sources).get(source)
     if entry is None:
         raise DamError(f"`dam.data` has no entry for the source {source}: add one.")
     # A model with learned positions has none beyond; the others were never trained there.

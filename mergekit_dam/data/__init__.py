@@ -1,0 +1,8 @@
+"""Each source's own rows, from what people have to token ids of the merge's vocabulary."""
+
+from mergekit_dam.data.benchmarks import benchmark_warning
+from mergekit_dam.data.load import SourceData, load_rows
+from mergekit_dam.data.read import is_missing
+from mergekit_dam.data.row import Row
+
+__all__ = ["Row", "SourceData", "benchmark_warning", "is_missing", "load_rows"]

@@ -1,0 +1,92 @@
+"""From an entry of `dam.data` to the rows of a source, for training and held out."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from mergekit_dam.config.settings import DataSettings, Settings
+from mergekit_dam.data.read import read_rows
+from mergekit_dam.data.row import Row
+from mergekit_dam.data.shapes import example
+from mergekit_dam.data.tokens import Reader
+from mergekit_dam.errors import DamError
+
+
+@dataclass(frozen=True)
+class SourceData:
+    """The rows of one source."""
+
+    train: list[Row]
+    held_out: list[Row]
+
+    def digest(self) -> str:
+        """Changes when any token does, or what counts."""
+        rows = [[(row.ids, row.start) for row in part] for part in (self.train, self.held_out)]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
+
+
+def load_rows(
+    entry: DataSettings,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,  # of the merge: gives the ids
+    source_tokenizer: PreTrainedTokenizerBase,  # of the source: gives the chat template
+    limit: int | None = None,  # positions that the model has
+) -> SourceData:
+    """Read, render, tokenise and split the rows of one source; deterministic for a seed.
+
+    Raises DamError for data that cannot be read or lack the columns.
+    """
+    held_out = entry.held_out if entry.held_out is not None else settings.held_out
+    length = min(entry.max_length or settings.max_length, limit or sys.maxsize)
+    loss_on = entry.loss_on or settings.loss_on
+    reader = Reader(entry, loss_on, tokenizer, source_tokenizer, length)
+    rows = _rows(entry, entry.split, settings, reader)
+    if isinstance(held_out, str):
+        return SourceData(train=rows, held_out=_rows(entry, held_out, settings, reader))
+    return share_out(rows, held_out, entry.path)
+
+
+def share_out(rows: Sequence[Row], share: float, name: str) -> SourceData:
+    """The first rows are held out, at least one; `name` is for the message."""
+    if len(rows) < 2:
+        raise DamError(f"{name} has one row only: the held-out share needs another.")
+    count = min(max(1, round(share * len(rows))), len(rows) - 1)
+    return SourceData(train=rows[count:], held_out=rows[:count])
+
+
+def _rows(entry: DataSettings, split: str, settings: Settings, reader: Reader) -> list[Row]:
+    """Those in which something counts; a token alone predicts nothing."""
+    rows = []
+    for row in read_rows(entry, split, entry.examples or settings.examples, settings.seed):
+        found = example(row, entry.mapping)
+        if found is None:
+            raise DamError(_shapeless(row, entry))
+        rows.append(reader.row(found))
+    rows = [row for row in rows if row.counted]
+    if rows:
+        return rows
+    if reader.loss_on == "completion":
+        raise DamError(
+            f"{entry.path} (split {split}) has no row with a completion within "
+            f"{reader.length} tokens: raise `max_length`, or use `loss_on: all`."
+        )
+    raise DamError(f"{entry.path} (split {split}) has no row of two tokens or more.")
+
+
+def _shapeless(row: dict, entry: DataSettings) -> str:
+    there = f"its columns are {', '.join(map(str, row))}"
+    if entry.mapping is None:
+        return (
+            f"{entry.path} has a row that is neither text, nor a conversation, nor prompt and "
+            f"completion ({there}): name its columns in the `dam.data` entry of {entry.source}, "
+            "for example `columns: {text: ...}`."
+        )
+    names = " and ".join(repr(name) for name in entry.mapping.values())
+    return (
+        f"{entry.path} has a row without {'/'.join(entry.mapping)} in {names} ({there}): correct "
+        f"`columns` or `text` in the `dam.data` entry of {entry.source}."
+    )
