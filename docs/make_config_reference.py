@@ -104,39 +104,7 @@ revision and adapter included.
 
 $data
 
-### Data formats
-
-`path` names a local file by its ending (`.json`, `.jsonl`, `.parquet`, `.csv`, `.txt`), a local
-folder, or a data set on the Hub; all go through `datasets.load_dataset`. The rows of a data set
-all have one of these forms, and the first that fits is taken:
-
-| the row has | it becomes |
-|---|---|
-| `messages`, a list of `{role, content}` | a conversation in the source's own chat template |
-| `prompt` and `completion`, both lists of messages | one conversation, likewise |
-| the two as text, and the source has a chat template | a user's and an assistant's message |
-| the two as text, and the source has none | joined as they are, then the end-of-sequence token |
-| the column named by `text` | that text |
-
-One row of each form, as a line of a `.jsonl` file:
-
-```json
-{"text": "Plain text, as a language model reads it."}
-{"prompt": "2+2=", "completion": "4"}
-{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}
-```
-
-- **Two tokenizers.** The chat template is that of the source whose data it is. The token ids come
-  from the merge's tokenizer: the one mergekit builds for `tokenizer:` or `tokenizer_source:`, else
-  that of `base_model`, else that of the first model.
-- **Special tokens.** A chat template writes them itself. To any other row the tokenizer adds its
-  own, as it does when called on a text.
-- **Length.** A row keeps its first `max_length` tokens. A row of one token is left out.
-- **What counts.** Every token of a row after its first is predicted, prompts included. Rows are
-  padded to the longest of a batch, and padding counts for nothing.
-- **Which rows.** `examples` rows are chosen in an order that `seed` fixes. A share `held_out` of
-  them, at least one, is kept from training. `held_out` may also name a split of its own:
-  `held_out: test`, or `split: train[:90%]` with `held_out: train[90%:]`.
+[data.md](data.md) says what a row may look like and what of it counts, with examples.
 
 ## `dam.train`
 
@@ -247,6 +215,8 @@ def _type(schema: Mapping) -> str:
     if schema["type"] == "array":
         item = schema["items"]
         return "list of " + ("entries" if "$ref" in item else _type(item) + "s")
+    if schema["type"] == "object":
+        return "names"
     words = {"number": "number", "integer": "integer", "string": "text", "boolean": "true/false"}
     return words[schema["type"]] + _bounds(schema)
 

@@ -409,8 +409,8 @@ WRITERS: dict[str, Callable[[Path, list[str]], Any]] = {
 @pytest.mark.parametrize("ending", WRITERS)
 def test_every_format_gives_the_same_rows(load: Load, tmp_path: Path, ending: str) -> None:
     path = tmp_path / f"data.{ending}"
-    WRITERS[ending](path, ["ab", "cd", "ef"])
-    assert every(load(path)) == [[BOS, *ids(text)] for text in ("ab", "cd", "ef")]
+    WRITERS[ending](path, ["ab", "007", "na"])
+    assert every(load(path)) == sorted([BOS, *ids(text)] for text in ("ab", "007", "na"))
 
 
 def test_a_compressed_file(load: Load, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import datasets
+import pandas
 
 from mergekit_dam.config.settings import DataSettings
 from mergekit_dam.errors import DamError
@@ -59,7 +60,16 @@ def _open(entry: DataSettings, split: str) -> datasets.Dataset | datasets.Iterab
     source: dict[str, Any] = {"path": entry.path, "name": entry.name, "revision": entry.revision}
     if files := _files(entry.path):
         source = {"path": _builder(files[0]), "data_files": files}
+        if source["path"] == "csv":
+            source |= _as_text(files[0])
     return datasets.load_dataset(**source, split=split, streaming=entry.streaming)
+
+
+def _as_text(file: str) -> dict[str, Any]:
+    """A cell is text as it stands: 007 is no number, NA is not nothing."""
+    columns = pandas.read_csv(file, nrows=0).columns
+    features = datasets.Features({str(name): datasets.Value("string") for name in columns})
+    return {"features": features, "keep_default_na": False}
 
 
 def _saved(entry: DataSettings, split: str) -> datasets.Dataset:
