@@ -13,11 +13,13 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_dam.config.recipe import match_reference
 from mergekit_dam.errors import DamError
 
 
 def require_compatible(merge: MergeConfiguration, options: MergeOptions) -> None:
-    """Raise DamError for a source listed twice, for other architectures and other depths.
+    """Raise DamError for a source listed twice, for other architectures and other depths, and for
+    modules that are too many or too few.
 
     Shapes are not compared: they are in the weights' headers, which `check` reads.
     """
@@ -37,13 +39,23 @@ def require_compatible(merge: MergeConfiguration, options: MergeOptions) -> None
         return
     if not options.allow_crimes:
         _require_one_architecture(configs, architectures)
-    for name, models in _whole_models(merge, next(iter(architectures.values()))):
+    architecture = next(iter(architectures.values()))
+    _require_all_modules(merge, architecture, next(iter(configs.values())))
+    for name, models in _whole_models(merge, architecture):
         _require_one_depth(name, {model: configs[model] for model in models}, architectures)
 
 
-def differ_in_vocabulary(shapes: Iterable[Sequence[int]], axis: int | None) -> bool:
-    """Whether shapes of one tensor differ in the size of the vocabulary, and in nothing else."""
-    return axis is not None and len({(*s[:axis], *s[axis + 1 :]) for s in shapes}) == 1
+def differing_shapes(
+    name: str, shapes: Mapping[ModelReference, Sequence[int]], vocabulary_axis: int | None
+) -> str | None:
+    """What to say where the models' shapes of one tensor differ."""
+    if len({tuple(shape) for shape in shapes.values()}) < 2:
+        return None
+    axis, remedy = vocabulary_axis, "choose models of one architecture and size"
+    if axis is not None and len({(*s[:axis], *s[axis + 1 :]) for s in shapes.values()}) == 1:
+        remedy = "align the vocabularies, for example `tokenizer: {source: union}`"
+    listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
+    return f"the sources' shapes of {name} differ ({listed}): {remedy}"
 
 
 def _input_lists(merge: MergeConfiguration) -> Iterator[Sequence[ModelReference]]:
@@ -55,12 +67,13 @@ def _input_lists(merge: MergeConfiguration) -> Iterator[Sequence[ModelReference]
 
 
 def _require_distinct(models: Sequence[ModelReference]) -> None:
-    twice = next((model for model in models if models.count(model) > 1), None)
-    if twice is not None:
-        raise DamError(
-            f"The model {twice} is listed twice, and mergekit takes every source once: keep one "
-            "entry, to which the fit can give as much weight as two."
-        )
+    for index, model in enumerate(models):
+        if (first := match_reference(str(model), models[:index])) is not None:
+            other = "" if model == first else f" (as {first}, too)"
+            raise DamError(
+                f"The model {model} is listed twice{other}, and mergekit takes every source once: "
+                "keep one entry, to which the fit can give as much weight as two."
+            )
 
 
 def _require_one_architecture(
@@ -91,6 +104,22 @@ def _example(architectures, first: ModelReference, other: ModelReference, config
         for name in sorted(names[one] - names[two]):
             return f", and only {one} has {name}"
     return ""
+
+
+def _require_all_modules(
+    merge: MergeConfiguration, architecture: ModelArchitecture, config: PretrainedConfig
+) -> None:
+    """mergekit writes the modules that are listed, and a model with half of them is none."""
+    if not merge.modules:
+        return
+    name, known = config.architectures[0], ", ".join(architecture.modules)
+    for module in merge.modules.keys() - architecture.modules.keys():
+        raise DamError(f"`modules.{module}` is no module of {name}: they are {known}.")
+    for module in architecture.modules.keys() - merge.modules.keys():
+        raise DamError(
+            f"`modules` lacks {module}, without which the merge would be no whole {name} (its "
+            f"modules are {known}): add it, with `models` whose `weight` is the rule for it."
+        )
 
 
 def _whole_models(

@@ -274,6 +274,7 @@ DEEPSEEK = {
     "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
 }  # fmt: skip
 EXPERTS_DROPPED = "mergekit drops the experts, because the first layers have none"
+LAYERS_UNLIKE = "mergekit drops what not every layer has, and the layers are of different kinds"
 REFUSED = (
     Architecture(
         "CohereForCausalLM", "CohereConfig", {},
@@ -291,6 +292,19 @@ REFUSED = (
         {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12,
          "layer_types": ["conv", "full_attention"], "num_dense_layers": 1}, EXPERTS_DROPPED,
         reason="experts.gate_up_proj"),
+    Architecture(
+        "JambaForCausalLM", "JambaConfig",
+        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+         "expert_layer_offset": 1, "num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4},
+        LAYERS_UNLIKE, reason="drops tensors that some of them lack"),
+    Architecture(
+        "NemotronHForCausalLM", "NemotronHConfig",
+        {"layers_block_type": ["mamba", "attention"], "mamba_num_heads": 4, "mamba_head_dim": 8,
+         "ssm_state_size": 4, "n_groups": 1, **HEADS},
+        LAYERS_UNLIKE, reason="drops tensors that some of them lack"),
+    Architecture(
+        "RwkvForCausalLM", "RwkvConfig", {"attention_hidden_size": 16},
+        "it rescales its weights in place as it runs", reason="rescales its weights in place"),
     Architecture(
         "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",
         {"text_config": {"rope_parameters": {**ROPE["rope_parameters"],

@@ -1,5 +1,6 @@
 """Each line of the table of architectures, by a fit, a stock merge and a strict load."""
 
+import copy
 from pathlib import Path
 
 import architectures
@@ -95,6 +96,37 @@ def test_the_config_states_the_rule_for_the_vision_part(recipe, tmp_path):
     merged = load_file(tmp_path / "out" / "model.safetensors")
     for name in expected_untrained(architecture, merged):
         assert torch.equal(merged[name], first[name]), name
+
+
+def in_modules(path: Path, modules: list[str]) -> Path:
+    """The same recipe with its models under each of these modules."""
+    document = yaml.safe_load(path.read_text())
+    models = document.pop("models")
+    document["modules"] = {name: {"models": copy.deepcopy(models)} for name in modules}
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def test_modules_of_a_model_with_several_parts(recipe, tmp_path):
+    architecture = SEEING[0]
+    models = save(architecture, tmp_path)
+    keys = {"dam": {"steps": 2}, "base_model": str(models[0])}
+    run("mergekit-dam", "run", recipe(models, **keys), tmp_path / "models", "--quiet")
+    modules = list(NAME_TO_ARCH[architecture.name][0].modules)
+    assert len(modules) > 1
+    path = in_modules(recipe(models, **keys), modules)
+    run("mergekit-dam", "run", path, tmp_path / "modules", "--quiet")
+    run("mergekit-yaml", path, tmp_path / "stock", "--quiet")
+    architectures.load(tmp_path / "stock", architecture.name)
+    first, *others = (
+        (tmp_path / name / "model.safetensors").read_bytes()
+        for name in ("models", "modules", "stock")
+    )
+    assert others == [first, first]
+    lacking = refusal("mergekit-dam", "check", in_modules(recipe(models, **keys), modules[:1]))
+    assert f"`modules` lacks {modules[1]}" in lacking
+    message = refusal("mergekit-dam", "check", in_modules(recipe(models, **keys), ["txt"]))
+    assert "`modules.txt` is no module of" in message
 
 
 def test_gradients_reach_experts_that_are_stacked_on_the_way(recipe, tmp_path):

@@ -169,6 +169,34 @@ def test_a_source_listed_twice(check, recipe, tmp_path):
         assert f"{first} is listed twice" in refusal("mergekit-dam", command, path)
 
 
+@pytest.mark.parametrize("other", ["./m0", "m0/", "sub/../m0", "{}/m0"])
+def test_a_source_listed_twice_under_two_names(recipe, tmp_path, monkeypatch, other):
+    tiny.save_models(tmp_path, LLAMA, 1)
+    (tmp_path / "sub").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = recipe([Path("m0")])
+    document = yaml.safe_load(path.read_text())
+    document["models"].append({"model": other.format(tmp_path)})
+    path.write_text(yaml.safe_dump(document))
+    message = refusal("mergekit-dam", "check", path)
+    assert "is listed twice (as m0, too)" in message
+
+
+def test_a_tensor_that_one_source_lacks_by_its_config(recipe, tmp_path):
+    configs = [transformers.CohereConfig(**tiny.SIZES, use_qk_norm=bool(n)) for n in range(2)]
+    models = [tiny.save_model(tmp_path / f"m{n}", config, n) for n, config in enumerate(configs)]
+    message = refusal("mergekit-dam", "check", recipe(models, base_model=str(models[1])))
+    assert f"{models[0]} has no tensor model.layers.0.self_attn.q_norm.weight" in message
+    assert f"{models[1]} has it; their configs differ in use_qk_norm" in message
+
+
+def test_an_option_that_mergekit_does_not_describe(recipe, tmp_path):
+    models = [tiny.save_model(tmp_path / f"m{n}", llama(attention_bias=True), n) for n in range(2)]
+    message = refusal("mergekit-dam", "check", recipe(models))
+    assert "no tensor for model.layers.0.self_attn.q_proj.bias of LlamaForCausalLM" in message
+    assert "mergekit's description of this architecture lacks it" in message
+
+
 def test_a_source_twice_in_one_slice(recipe, tmp_path):
     (model,) = tiny.save_models(tmp_path, LLAMA, 1)
     path = recipe([model])

@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 from commands import refusal, run
+from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
@@ -38,6 +39,14 @@ def models(tmp_path_factory) -> list[Path]:
     return [save(folder / f"m{n}", letters, n) for n, letters in enumerate(vocabularies)]
 
 
+def named(setting: dict, models: list[Path]) -> dict:
+    """A setting with M0, M1, ... replaced by the models."""
+    text = json.dumps(setting)
+    for number, model in enumerate(models):
+        text = text.replace(f"M{number}", str(model))
+    return json.loads(text)
+
+
 def fitted(path: Path) -> Fit:
     """A finished fit, its merged model holding the fitted coefficients."""
     recipe = read_recipe(str(path))
@@ -57,17 +66,31 @@ def fitted(path: Path) -> Fit:
         {"tokenizer_source": "base"},
         {"tokenizer": {"source": "union"}},
         {"tokenizer": {"source": "union", "pad_to_multiple_of": 16}},
+        {"tokenizer": {"source": "M2"}},
+        {"tokenizer_source": "M1"},
+        {"tokenizer": {"source": "base", "pad_to_multiple_of": 16}},
         {"tokenizer": {"source": "union", "tokens": {"!": {"source": "M2", "force": True}}}},
+        {"tokenizer": {"source": "union", "tokens": {"new": {"source": {"kind": "zero"}}}}},
+        {
+            "tokenizer": {
+                "source": "M2",
+                "tokens": {
+                    "new": {"source": {"kind": "model_token", "model": "M2", "token": "?"}},
+                    "old": {"source": {"kind": "model_token", "model": "M1", "token_id": 5}},
+                },
+            }
+        },
     ],
     ids=str,
 )
 def test_aligned_vocabularies(recipe, models, tmp_path, setting):
-    setting = json.loads(json.dumps(setting).replace("M2", str(models[2])))
+    setting = named(setting, models)
     path = recipe(models, base_model=str(models[0]), **setting)
     prepared = fitted(path)
     run("mergekit-yaml", path, tmp_path / "out", "--quiet")
     merged = transformers.AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
-    fits, ids = prepared.plan.tokenizer.get_vocab(), tiny.tokens()
+    fits = prepared.plan.tokenizer.get_vocab()
+    ids = tiny.tokens() % len(fits)
     tokens = sorted(fits)  # mergekit numbers the tokens that a union adds in an arbitrary order
     assert sorted(merged) == tokens
     torch.testing.assert_close(
@@ -105,3 +128,46 @@ def test_different_vocabularies_need_a_setting(recipe, models):
     message = refusal("mergekit-dam", "check", recipe(models, base_model=str(models[0])))
     assert "model.embed_tokens.weight" in message
     assert "tokenizer: {source: union}" in message
+
+
+def tokens(**embeddings: dict) -> dict:
+    return {"tokenizer": {"source": "union", "tokens": embeddings}}
+
+
+MISTAKES = {
+    "source": ({"tokenizer": {"source": "unoin"}}, "did you mean union?"),
+    "tokenizer_source": ({"tokenizer_source": "bse"}, "did you mean base?"),
+    "folder": ({"tokenizer": {"source": "./gone"}}, "`tokenizer.source` is ./gone"),
+    "hub name": ({"tokenizer": {"source": "no/such-model"}}, "the Hub gives none"),
+    "model": (tokens(new={"source": "./gone"}), "./gone, which is none of the merge's models"),
+    "near model": (tokens(new={"source": "M1x"}), "did you mean M1?"),
+    "token of a model": (
+        tokens(new={"source": "M0"}),
+        "'new' from M0, whose tokenizer has no such",
+    ),
+    "token": (
+        tokens(new={"source": {"kind": "model_token", "model": "M0", "token": "qq"}}),
+        "'qq' from M0, whose tokenizer has no such token",
+    ),
+    "token_id": (
+        tokens(new={"source": {"kind": "model_token", "model": "M0", "token_id": 999}}),
+        "token_id 999 of M0, which has 43 tokens",
+    ),
+    "no source": (tokens(new={}), "`tokenizer.tokens.new` has no `source`"),
+    "key": (tokens(new={"sorce": "M0", "source": {"kind": "zero"}}), "did you mean `source`?"),
+    "padding": ({"tokenizer": {"pad_to_multiple_of": -8}}, "`tokenizer.pad_to_multiple_of` is -8"),
+    "template": ({"chat_template": "chatmll"}, "did you mean chatml?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_a_setting_names_and_is_not_there(recipe, models, monkeypatch, mistake):
+    """Told before any weight is read, and before transformers asks the Hub again and again."""
+    monkeypatch.setattr(LazyTensorLoader, "get_tensor", None)
+    monkeypatch.setattr(transformers.utils.hub, "hf_hub_download", None)
+    setting, sentence = MISTAKES[mistake]
+    path = recipe(models, base_model=str(models[0]), **named(setting, models))
+    message = refusal("mergekit-dam", "check", path)
+    (expected,) = named({"": sentence}, models).values()
+    assert expected in message
+    assert len(message.splitlines()) == 1

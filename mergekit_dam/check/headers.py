@@ -10,8 +10,9 @@ import torch
 from mergekit.architecture.conversion import can_convert_checkpoint_keys
 from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
+from transformers import PretrainedConfig
 
-from mergekit_dam.compatible import differ_in_vocabulary
+from mergekit_dam.compatible import config_differences, differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
@@ -65,10 +66,31 @@ class HeaderShapes:
                     and model not in found
                     and not self._is_converted(model, name)
                 ):
-                    yield (
-                        f"{model} has no tensor {output.inputs[model][0]}, which the merge needs: "
-                        "choose models of one architecture, and layers that they have"
-                    )
+                    yield self._lacking(model, output.inputs[model][0], list(found))
+
+    def _lacking(self, model: ModelReference, name: str, others: list[ModelReference]) -> str:
+        """Why a source may lack a tensor: its config has another option; or mergekit describes
+        another variant of the architecture."""
+        trust = self._plan.options.trust_remote_code
+        config = model.config(trust)
+        if not others and self._is_in_range(name, config):
+            return (
+                f"no source has {name}, for which mergekit's description of "
+                f"{config.architectures[0]} asks: mergekit cannot merge this variant of the "
+                "architecture, unless the files are incomplete"
+            )
+        options = config_differences(config, others[0].config(trust)) if others else []
+        where = f" ({others[0]} has it; their configs differ in {', '.join(options[:3])})"
+        return (
+            f"{model} has no tensor {name}, which the merge needs{where if options else ''}: "
+            "choose models of one architecture with the same options, and layers that they have"
+        )
+
+    @staticmethod
+    def _is_in_range(name: str, config: PretrainedConfig) -> bool:
+        layer = LAYER.search(name)
+        count = getattr(config.get_text_config(), "num_hidden_layers", None)
+        return layer is None or count is None or int(layer.group().strip(".")) < count
 
     def _is_converted(self, model: ModelReference, name: str) -> bool:
         """Whether mergekit makes the tensor of others of its layer, such as a stack of experts."""
@@ -83,14 +105,10 @@ class HeaderShapes:
 
     def _differing(self) -> Iterator[str]:
         for name, output in self._plan.tensors.items():
-            entries = self._entries(name)
-            shapes = {tuple(entry["shape"]) for entry in entries.values()}
-            if len(shapes) > 1 and not self._is_aligned(name):
-                remedy = "choose models of one architecture and size"
-                if differ_in_vocabulary(shapes, output.vocabulary_axis):
-                    remedy = "align the vocabularies, for example `tokenizer: {source: union}`"
-                listed = ", ".join(f"{model} {e['shape']}" for model, e in entries.items())
-                yield f"the sources' shapes of {name} differ ({listed}): {remedy}"
+            if not self._is_aligned(name):
+                shapes = {model: entry["shape"] for model, entry in self._entries(name).items()}
+                if problem := differing_shapes(name, shapes, output.vocabulary_axis):
+                    yield problem
 
     def _entries(self, name: str) -> dict[ModelReference, dict]:
         inputs = self._plan.tensors[name].inputs

@@ -15,6 +15,7 @@ from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, mis
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.check.preview import preview
+from mergekit_dam.check.tokens import token_problems
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.recipe import match_reference
@@ -52,6 +53,7 @@ def check(
     of_fit = list(_collect(fit_problems(recipe, device))) if will_fit else []
     problems += of_fit
     of_models = list(model_problems(recipe, options))
+    of_models = of_models or list(token_problems(recipe.merge, options))
     problems += of_models
     if of_models:
         raise DamError(listed(recipe.path, problems))  # nothing can be planned

@@ -16,7 +16,11 @@ from mergekit.config import (
     OutputModuleDefinition,
     OutputSliceDefinition,
 )
-from mergekit.tokenizer.config import TokenizerConfig
+from mergekit.tokenizer.config import (
+    ModelTokenEmbedding,
+    TokenEmbeddingConfig,
+    TokenizerConfig,
+)
 
 BLOCK = "dam"  # the part of the YAML that is ours
 
@@ -55,12 +59,21 @@ class _Finder:
     def document(self, document: Mapping) -> Iterator[str]:
         yield from _unknown(document, (*MergeConfiguration.model_fields, BLOCK, "name"), "")
         yield from self._parameters(document.get("parameters"), "parameters.")
-        yield from _unknown(document.get("tokenizer"), TokenizerConfig.model_fields, "tokenizer.")
+        yield from self._tokenizer(document.get("tokenizer"))
         yield from self._inputs(document, "")
         for name, module in _items(document.get("modules")):
             where = f"modules.{name}."
             yield from self._item(module, OutputModuleDefinition, where)
             yield from self._inputs(module, where)
+
+    def _tokenizer(self, tokenizer: Any) -> Iterator[str]:
+        yield from _unknown(tokenizer, TokenizerConfig.model_fields, "tokenizer.")
+        for token, embedding in _items(_get(tokenizer, "tokens")):
+            where = f"tokenizer.tokens.{token}."
+            yield from _unknown(embedding, TokenEmbeddingConfig.model_fields, where)
+            source = _get(embedding, "source")
+            if _get(source, "kind") == "model_token":
+                yield from _unknown(source, ModelTokenEmbedding.model_fields, f"{where}source.")
 
     def _inputs(self, parent: Any, where: str) -> Iterator[str]:
         for index, model in enumerate(_list(_get(parent, "models"))):

@@ -190,8 +190,8 @@ def data_entries(
 
 
 def match_reference(name: str, models: Iterable[ModelReference]) -> ModelReference | None:
-    """The model that a string in the `dam:` block names, as mergekit parses references; `./math`
-    and `math` are one."""
+    """The model that a string in the `dam:` block names, as mergekit parses references; `./math`,
+    `math` and the same folder's absolute path are one."""
     try:
         wanted = _normal(ModelReference.parse(name))
     except (ValueError, RuntimeError):
@@ -200,5 +200,8 @@ def match_reference(name: str, models: Iterable[ModelReference]) -> ModelReferen
 
 
 def _normal(model: ModelReference) -> tuple[str | None, ...]:
-    parts = (model.model, model.lora)
-    return tuple(str(part) and os.path.normpath(str(part)) if part else None for part in parts)
+    parts = (str(part) if part else None for part in (model.model, model.lora))
+    return tuple(
+        part and (os.path.abspath if os.path.exists(part) else os.path.normpath)(part)
+        for part in parts
+    )

@@ -10,6 +10,7 @@ from typing import Literal
 
 import torch
 from accelerate import init_empty_weights
+from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from mergekit.common import get_auto_cls
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
@@ -98,12 +99,21 @@ def set_places(model: nn.Module, device: torch.device) -> None:
                 module._parameters[name] = nn.Parameter(nan.expand(place.shape), False)
 
 
+# Weights are made anew for each call; these change them in place as they run.
+CHANGE_THEIR_WEIGHTS = ("RwkvForCausalLM",)
+
+
 def _require_causal(model: PreTrainedModel, architecture: str) -> None:
     """The fit masks no padding and takes every position for a prediction; an encoder does not."""
     if model.config.is_encoder_decoder or not (model.can_generate() or model.is_custom_code()):
         raise DamError(
             f"{architecture} is not a causal language model: the fit distils predictions of the "
             "next token. mergekit's other methods merge it."
+        )
+    if architecture in CHANGE_THEIR_WEIGHTS:
+        raise DamError(
+            f"{architecture} rescales its weights in place as it runs, so it cannot be fitted: "
+            "mergekit's other methods merge it."
         )
 
 
@@ -123,12 +133,27 @@ def _output_names(
             continue
         source = direct.get(tied.get(name, name)) or direct.get(name)
         if source is None:
-            raise DamError(
-                f"The merge writes no tensor for {name} of {architecture}: mergekit's "
-                "description of this architecture and transformers' differ, so it cannot be fitted."
-            )
+            raise DamError(_unwritten(name, architecture))
         names[name] = source
     return names
+
+
+def _unwritten(name: str, architecture: str) -> str:
+    """Why the merge lacks a parameter: mergekit describes another model; or it describes none,
+    infers the layers, and keeps what all of them have."""
+    reason = (
+        "mergekit's description of this architecture lacks it (an option in config.json, or a "
+        "newer transformers, has added it)"
+    )
+    if architecture not in NAME_TO_ARCH:
+        reason = (
+            "mergekit does not describe this architecture; it takes all layers to be alike, and "
+            "drops tensors that some of them lack"
+        )
+    return (
+        f"The merge has no tensor for {name} of {architecture}, so it cannot be fitted, and would "
+        f"not be whole if merged: {reason}."
+    )
 
 
 def _roles(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.compatible import differ_in_vocabulary
+from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine
 from mergekit_dam.plan import OutputTensor, Plan
@@ -103,9 +103,5 @@ def _promoted(tensors: dict) -> torch.dtype:
 
 def _require_one_shape(name: str, plan: Plan, tensors: dict) -> None:
     shapes = {model: tuple(tensor.shape) for model, tensor in tensors.items()}
-    if len(set(shapes.values())) > 1:
-        listed = ", ".join(f"{model} {list(shape)}" for model, shape in shapes.items())
-        remedy = "choose models of one architecture and size"
-        if differ_in_vocabulary(shapes.values(), plan.tensors[name].vocabulary_axis):
-            remedy = "align the vocabularies, for example with `tokenizer: {source: union}`"
-        raise DamError(f"The sources' shapes of {name} differ ({listed}): {remedy}.")
+    if problem := differing_shapes(name, shapes, plan.tensors[name].vocabulary_axis):
+        raise DamError(f"{problem[0].upper()}{problem[1:]}.")
