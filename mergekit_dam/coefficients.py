@@ -56,12 +56,24 @@ class Point(Frozen):
     loss: float
 
 
+class HeldOut(Frozen):
+    """Of the held-out curve: the KL of each source after this step."""
+
+    step: int
+    kl: tuple[float, ...]
+
+
 class Results(Frozen):
     """What a fit came to; one `Figures` for each source."""
 
     average: tuple[Figures, ...]  # the plain average of the sources
     fit: tuple[Figures, ...]
     history: tuple[Point, ...] = ()
+    held_out: tuple[HeldOut, ...] = ()  # on the way, with `evaluate_every`
+
+
+def _kls(results: Results) -> Iterator[tuple[float, ...]]:
+    return (point.kl for point in results.held_out)
 
 
 class Header(Frozen):
@@ -83,7 +95,8 @@ class Header(Frozen):
 
     @pydantic.model_validator(mode="after")
     def _is_complete(self) -> "Header":
-        for figures in (self.results.average, self.results.fit) if self.results else ():
+        results = self.results
+        for figures in (results.average, results.fit, *_kls(results)) if results else ():
             if len(figures) != len(self.sources):
                 raise ValueError("the results are not one for each source")
         if self.formula == "task_vectors" and self.base is None:

@@ -1,4 +1,4 @@
-"""The commands on coefficient files: inspect, convert, blend.
+"""The commands on coefficient files: inspect, report, convert, blend.
 
 A FILE is a path, or user/repo[@revision][/file] on the Hub.
 """
@@ -17,12 +17,38 @@ from mergekit_dam.errors import DamError
 @click.argument("file")
 def inspect(file: str) -> None:
     """Show what FILE holds: its sources, and a row for each kind of tensor."""
+    show(file)
+
+
+def show(file: str) -> None:
     from mergekit_dam.hub import open_coefficients
     from mergekit_dam.inspection import as_text
     from mergekit_dam.summary import statistics
 
     opened = open_coefficients(file)
     click.echo(as_text(opened, statistics(opened)))
+
+
+@file_command
+@click.argument("file")
+@click.option("--html", help="Page to write [default: beside FILE, its name with .html].")
+@click.option("--png", help="Folder for the plots as PNG files, light and dark.")
+def report(file: str, html: str | None, png: str | None) -> None:
+    """Write a page about FILE: its coefficients by layer and kind of tensor, the fit's results.
+
+    Without matplotlib it prints what `inspect` prints.
+    """
+    from mergekit_dam import report as pages
+    from mergekit_dam.hub import open_coefficients, parse
+
+    if not pages.can_draw():
+        show(file)
+        click.echo(f"\n{pages.HOW_TO_DRAW}")
+        return
+    opened = open_coefficients(file)
+    page = html or pages.page_beside(file if os.path.exists(file) else parse(file)[2])
+    pages.write_page(opened, page, png)
+    click.echo(f"The report is in {page}" + (f", its plots in {png}." if png else "."))
 
 
 @merge_command
@@ -86,4 +112,4 @@ def _require_new(out: str) -> None:
         raise DamError(f"{out} is there already: give another name, or remove it.")
 
 
-COMMANDS = (inspect, convert, blend)
+COMMANDS = (inspect, report, convert, blend)

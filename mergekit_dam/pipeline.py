@@ -5,8 +5,9 @@ from pathlib import Path
 
 from mergekit.options import MergeOptions
 
-from mergekit_dam import table
+from mergekit_dam import report, table
 from mergekit_dam.check import check, fit_problems, listed, model_problems
+from mergekit_dam.coefficients import open_file
 from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
@@ -20,10 +21,28 @@ Say = Callable[[str], None]
 def fit_checked(
     recipe: Recipe, out: str | None, options: MergeOptions, *, device: str, resume: bool
 ) -> str:
-    """Check, then fit into `out`, by default the recipe's own; returns the table of results."""
+    """Check, then fit into `out`, by default the recipe's own, and draw the report beside it.
+
+    Returns the table of results, and where the report is.
+    """
     out = out if out is not None else recipe.coefficients
     check(recipe, options, coefficients=out, will_fit=True, will_merge=False, device=device)
-    return table.as_text(fit(recipe, out, options, device=device, resume=resume))
+    results = table.as_text(fit(recipe, out, options, device=device, resume=resume))
+    if options.quiet or not is_main_process():
+        return results
+    return f"{results}\n\n{_report(out)}"
+
+
+def _report(coefficients: str) -> str:
+    """Draw it where that is possible; a fit that is done does not fail over its report."""
+    if not report.can_draw():
+        return report.HOW_TO_DRAW
+    page = report.page_beside(coefficients)
+    try:
+        report.write_page(open_file(coefficients), page)
+    except Exception as error:
+        return f"The report could not be drawn ({error}): the coefficients are whole."
+    return f"The report is in {page}."
 
 
 def merge_checked(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool) -> None:

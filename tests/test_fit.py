@@ -184,7 +184,10 @@ def kill_when(command: list[str], is_time) -> None:
 
 
 def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
-    path = recipe(models, dam={"steps": 30, "checkpoint_every": 4, "accumulation": 2})
+    path = recipe(
+        models,
+        dam={"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3},
+    )
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
     command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--out", str(broken), "--quiet"]

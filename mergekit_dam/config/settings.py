@@ -199,6 +199,12 @@ class Settings(_Block):
         "models' own with bfloat16 for float16; coefficients are float32 always",
     )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
+    evaluate_every: int | None = Field(
+        None,
+        ge=1,
+        description="steps between held-out evaluations, for the report's curve; default: before "
+        "and after the fit alone",
+    )
     report_to: tuple[str, ...] = Field(
         (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."
     )

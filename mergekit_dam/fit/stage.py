@@ -1,5 +1,6 @@
 """The fit, from a recipe to the coefficient file."""
 
+import functools
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpo
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
+from mergekit_dam.fit.watch import Watch, watched
 from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
 from mergekit_dam.sources import describe
@@ -181,9 +183,10 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
     settings, merged = prepared.settings, prepared.merged
     held_out = [source.held_out for source in prepared.data]
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
+    figures = functools.partial(evaluate, merged, held_out, settings.batch_size, known)
     with merged.as_average():
-        before = evaluate(merged, held_out, settings.batch_size, known)
-    losses: list[files.Point] = []
+        before = figures()
+    losses, curve = (), ()
     if settings.max_steps and not merged.trained_coefficients():
         raise DamError(
             "`dam.train` leaves no tensor of this model to train: switch a kind on, or set "
@@ -198,11 +201,12 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
             device=merged.device.type,
             quiet=quiet,
         )
+        if settings.evaluate_every:
+            trainer.add_callback(Watch(trainer, settings.evaluate_every, figures))
         trainer.train(resume_from_checkpoint=checkpoint)
-        losses = history(trainer)
+        losses, curve = history(trainer), watched(trainer, len(held_out))
     _require_finite(merged, folder)
-    after = evaluate(merged, held_out, settings.batch_size, known)
-    results = files.Results(average=before, fit=after, history=losses)
+    results = files.Results(average=before, fit=figures(), history=losses, held_out=curve)
     return prepared.header.model_copy(update={"results": results})
 
 
