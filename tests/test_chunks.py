@@ -12,7 +12,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.fit import chunks
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.objective import COMPARISONS, Distillation, predicted
+from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.stage import prepare
 from mergekit_dam.model import Block
 from mergekit_dam.model.split import Split
@@ -51,7 +51,9 @@ def whole(merged, inputs) -> torch.Tensor:
     ids, lengths, sources = inputs["input_ids"], inputs["lengths"], inputs["sources"]
     logits, loss = merged(ids), 0
     for source in (0, 1):
-        mask = predicted(lengths, inputs["starts"], ids.shape[1]) & (sources == source)[:, None]
+        positions = torch.arange(ids.shape[1])
+        mask = (positions >= inputs["starts"][:, None]) & (positions < lengths[:, None] - 1)
+        mask &= (sources == source)[:, None]
         teacher = merged.teach(source, ids)[mask]
         for name, compare in COMPARISONS.items():
             term = compare(logits[mask], teacher, OBJECTIVE.temperature)

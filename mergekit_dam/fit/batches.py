@@ -1,24 +1,73 @@
-"""Which rows are computed together."""
+"""Which rows are computed together, so that little padding is computed."""
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.data import Row, SourceData
 
+PADDING = 0.05  # at most this share of the positions that are computed together
+WINDOW = 50  # batches whose rows are sorted by length; between them the order is random
+
 
 class StepRows(torch.utils.data.Dataset):
-    """One item holds one row of every source; shorter sources begin again."""
+    """One item holds one row of every source, given by their numbers: see `ByLength`."""
 
     def __init__(self, sources: Sequence[SourceData]):
         self._rows = [source.train for source in sources]
+        self.lengths = [[len(row) for row in rows] for rows in self._rows]
 
     def __len__(self) -> int:
+        """The source with the most rows; shorter ones begin again."""
         return max(map(len, self._rows))
 
-    def __getitem__(self, index: int) -> list[Row]:
-        return [rows[index % len(rows)] for rows in self._rows]
+    def __getitem__(self, numbers: Sequence[int]) -> list[Row]:
+        return [rows[number] for rows, number in zip(self._rows, numbers, strict=True)]
+
+
+class ByLength(torch.utils.data.Sampler):
+    """A random order in which a step's rows of one source are about equally long, and long rows of
+    one source come with long ones of the others.
+
+    An item is one row number for each source. The order is that of its seed and epoch alone.
+    """
+
+    def __init__(self, rows: StepRows, step: int, seed: int):  # `step`: items of all processes
+        self._rows, self._step, self._seed, self._epoch = rows, step, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
+        chance = random.Random(f"{self._seed} {self._epoch}")
+        columns = [self._column(lengths, chance) for lengths in self._rows.lengths]
+        fewest = min(map(len, self._rows.lengths))  # a row comes once in a window
+        window = max(1, min(WINDOW, fewest // self._step)) * self._step
+        for start in range(0, len(self), window):
+            chosen = [column[start : start + window] for column in columns]
+            yield from self._steps(chosen, chance)
+
+    def _column(self, lengths: Sequence[int], chance: random.Random) -> list[int]:
+        order = list(range(len(lengths)))
+        chance.shuffle(order)
+        return [order[index % len(order)] for index in range(len(self))]
+
+    def _steps(self, chosen: list[list[int]], chance: random.Random) -> Iterator[tuple[int, ...]]:
+        by_length = [
+            sorted(column, key=lengths.__getitem__)
+            for column, lengths in zip(chosen, self._rows.lengths, strict=True)
+        ]
+        items = list(zip(*by_length, strict=True))
+        steps = [items[i : i + self._step] for i in range(0, len(items), self._step)]
+        last = steps.pop() if len(steps[-1]) < self._step else []  # a short one ends the epoch
+        chance.shuffle(steps)
+        for step in [*steps, last]:
+            yield from step
 
 
 def collate(items: Sequence[Sequence[Row]]) -> dict[str, Tensor]:
@@ -36,3 +85,19 @@ def batch(rows: Sequence[Row], sources: Sequence[int]) -> dict[str, Tensor]:
         "starts": torch.tensor([row.start for row in rows]),
         "sources": torch.tensor(sources),
     }
+
+
+def groups(lengths: Sequence[int]) -> list[list[int]]:
+    """Rows that go through the model together: few groups, each with little padding. Longest rows
+    first."""
+    result: list[list[int]] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if result and _padding([lengths[r] for r in (*result[-1], row)]) <= PADDING:
+            result[-1].append(row)
+        else:
+            result.append([row])
+    return result
+
+
+def _padding(lengths: Sequence[int]) -> float:
+    return 1 - sum(lengths) / (max(lengths) * len(lengths))

@@ -12,7 +12,7 @@ from mergekit_dam.coefficients import Figures
 from mergekit_dam.data import Row
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.chunks import slices
-from mergekit_dam.fit.objective import among, predicted
+from mergekit_dam.fit.objective import among, row_states
 from mergekit_dam.model import MergedModel
 
 
@@ -40,16 +40,21 @@ def _figures(
 ) -> Figures:
     # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
     tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
+    known = None if known is None else known.to(merged.device)
     heads = merged.head(), merged.head(source)
     for inputs in _batches(rows, source, batch_size, merged.device):
-        input_ids = inputs["input_ids"]
-        mask = predicted(inputs["lengths"], inputs["starts"], input_ids.shape[1])
-        targets = input_ids.roll(-1, dims=1)
+        ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
+        states = [torch.cat(row_states(merged, ids, ends, starts, v)) for v in (None, source)]
+        targets = torch.cat(
+            [
+                row[start + 1 : end]
+                for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
+            ]
+        )
         if known is not None:  # a target that the source lacks says nothing about it
-            mask = mask & torch.isin(targets, known.to(targets.device))
-            targets = torch.searchsorted(known.to(targets.device), targets)
-        targets = targets[mask]
-        states = [merged.states(input_ids)[mask], merged.states(input_ids, source)[mask]]
+            mask = torch.isin(targets, known)
+            targets = torch.searchsorted(known, targets[mask])
+            states = [part[mask] for part in states]
         for chunk in slices(len(targets), merged.vocabulary):
             logits = [head(part[chunk]) for head, part in zip(heads, states, strict=True)]
             student, teacher = among(logits, known)

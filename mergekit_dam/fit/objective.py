@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from mergekit_dam import losses
 from mergekit_dam.config.settings import Objective
+from mergekit_dam.fit.batches import groups
 from mergekit_dam.fit.chunks import ChunkedLoss, Terms
-from mergekit_dam.model import MergedModel
+from mergekit_dam.model import MergedModel, View
 
 COMPARISONS = {
     "kl": losses.kl,
@@ -49,31 +50,30 @@ class Distillation(nn.Module):
         loss, terms = self._regularise()
         if not self._weights:
             return {"loss": loss, **terms}
-        states, vocabulary = self.merged.states(input_ids), self.merged.vocabulary
-        distilled = ChunkedLoss(self.merged.head(), vocabulary)
-        for source in sources.unique().tolist():
+        states = row_states(self.merged, input_ids, lengths, starts)
+        distilled = ChunkedLoss(self.merged.head(), self.merged.vocabulary)
+        counts = _shared((lengths - 1 - starts).clamp_min(0), sources)
+        for source, count in counts.items():
             rows = sources == source
-            counted = predicted(lengths[rows], starts[rows], states.shape[1])
-            compare = self._comparison(source, input_ids[rows], lengths[rows], counted)
-            found = distilled.add(states[rows][counted], compare, self._weights)
+            student = torch.cat([part for part, own in zip(states, rows, strict=True) if own])
+            compare = self._comparison(source, count, input_ids[rows], lengths[rows], starts[rows])
+            found = distilled.add(student, compare, self._weights)
             terms |= {f"{name}_{source + 1}": term for name, term in found.items()}
         return {"loss": loss + distilled.loss(), **terms}
 
+    @torch.no_grad()
     def _comparison(
-        self, source: int, input_ids: Tensor, lengths: Tensor, counted: Tensor
+        self, source: int, count: float, input_ids: Tensor, lengths: Tensor, starts: Tensor
     ) -> Terms:
-        """The terms of one source on its own rows, cut to their own longest: means over tokens."""
-        longest = int(lengths.max())
-        with torch.no_grad():
-            states = self.merged.states(input_ids[:, :longest], source)
-            states = states[counted[:, :longest]]
-            head = self.merged.head(source)
+        """The terms of one source on its own rows: sums over tokens, divided by `count`."""
+        states = torch.cat(row_states(self.merged, input_ids, lengths, starts, source))
+        head = self.merged.head(source)
 
         def terms(student: Tensor, chunk: slice) -> dict[str, Tensor]:
             with torch.no_grad():
                 teacher = head(states[chunk])
             student, teacher = among((student, teacher), self._known.get(source))
-            share = len(student) / len(states)
+            share = len(student) / count
             temperature = self._objective.temperature
             return {
                 name: share * COMPARISONS[name](student, teacher, temperature)
@@ -104,8 +104,30 @@ def among(logits: Sequence[Tensor], known: Tensor | None) -> Sequence[Tensor]:
     return [part[:, known.to(part.device)] for part in logits]
 
 
-def predicted(lengths: Tensor, starts: Tensor, longest: int) -> Tensor:  # [rows, longest]
-    """The positions that count: those from a row's start whose next token is real. Padding, a
-    row's end and what predicts its prompt do not. `lengths` and `starts` are [rows]."""
-    positions = torch.arange(longest, device=lengths.device)
-    return (positions >= starts[:, None]) & (positions < (lengths - 1)[:, None])
+def row_states(
+    merged: MergedModel,
+    input_ids: Tensor,  # [rows, longest]
+    lengths: Tensor,  # [rows]
+    starts: Tensor,  # [rows]
+    view: View | None = None,
+) -> list[Tensor]:
+    """For each row [tokens, width], of the positions that count: those from a row's start whose
+    next token is real. Padding, a row's end and what predicts its prompt do not."""
+    result: dict[int, Tensor] = {}
+    ends, starts = lengths.tolist(), starts.tolist()
+    for rows in groups(ends):
+        states = merged.states(input_ids[rows, : ends[rows[0]]], view)
+        for row, own in zip(rows, states, strict=True):
+            result[row] = own[starts[row] : ends[row] - 1]
+    return [result[row] for row in range(len(ends))]
+
+
+def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:
+    """For each source its number of tokens [rows] in this step: over several processes, whose
+    gradients are averaged, the mean of theirs."""
+    counts = torch.zeros(int(sources.max()) + 1, device=sources.device)
+    counts.index_add_(0, sources, tokens.float())
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(counts)
+        counts /= torch.distributed.get_world_size()
+    return {source: count for source, count in enumerate(counts.tolist()) if count}

@@ -17,7 +17,7 @@ from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
-from mergekit_dam.fit.batches import StepRows, collate
+from mergekit_dam.fit.batches import ByLength, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -29,6 +29,10 @@ class CoefficientTrainer(Trainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._terms: dict[str, list] = defaultdict(list)
+
+    def _get_train_sampler(self, train_dataset=None):
+        step = self.args.per_device_train_batch_size * self.args.world_size
+        return ByLength(self.train_dataset, step, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         terms = model(**inputs)

@@ -1,7 +1,7 @@
 """The merged model of the fit: a Hugging Face skeleton whose weights are made block by block."""
 
 from mergekit_dam.model.block import Block
-from mergekit_dam.model.merged import Head, MergedModel
+from mergekit_dam.model.merged import Head, MergedModel, View
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
 from mergekit_dam.model.weights import SourceWeights, Stack
 
@@ -13,5 +13,6 @@ __all__ = [
     "Skeleton",
     "SourceWeights",
     "Stack",
+    "View",
     "build_skeleton",
 ]
