@@ -14,6 +14,11 @@ from mergekit_dam import file_commands
 from mergekit_dam.command import merge_command
 
 RESUME = click.option("--resume", is_flag=True, help="Go on with a fit that was interrupted.")
+INTERMEDIATE = click.option(
+    "--intermediate-dir",
+    "-I",
+    help="Where a chain of merges keeps its intermediate models [default: OUT.steps].",
+)
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT where it is not empty.")
 
 
@@ -82,11 +87,7 @@ def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -
 @click.argument("out")
 @RESUME
 @OVERWRITE
-@click.option(
-    "--intermediate-dir",
-    "-I",
-    help="Where a chain of merges keeps its intermediate models [default: OUT.steps].",
-)
+@INTERMEDIATE
 def run(
     merge_options: MergeOptions,
     config: str,
@@ -116,22 +117,18 @@ def run(
 
 @merge_command
 @click.argument("config")
-def check(merge_options: MergeOptions, config: str) -> None:
-    """List the mistakes in CONFIG without loading weights, then what the fit will need."""
-    from mergekit_dam.check import check as find_mistakes
-    from mergekit_dam.config import read_recipe
+@INTERMEDIATE
+def check(merge_options: MergeOptions, config: str, intermediate_dir: str | None) -> None:
+    """List the mistakes in CONFIG without loading weights, then what the fit will need.
 
-    recipe = read_recipe(config)
-    estimate = find_mistakes(
-        recipe,
-        merge_options,
-        coefficients=recipe.coefficients,
-        will_fit=True,
-        will_merge=True,
-        device=_fit_device(merge_options),
-        reads_data=True,
-    )
-    click.echo(f"{config} is ready to fit.\n{estimate}")
+    Of a chain of merges, every step is checked as far as its inputs are there.
+    """
+    from mergekit_dam.pipeline import check_file
+
+    device = _fit_device(merge_options)
+    found = check_file(config, merge_options, device=device, folder=intermediate_dir)
+    for title, outlook in found:
+        click.echo(title if outlook is None else f"{title}\n{outlook}\n")
 
 
 for command in (check, fit, run, merge, *file_commands.COMMANDS):

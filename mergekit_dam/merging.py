@@ -1,8 +1,9 @@
 """The merge stage: mergekit's own merge, with the results in its card."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.config import Recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub import DEFAULT_NAME, local_file, open_coefficients
-from mergekit_dam.output import MERGE_RECORD, appearing, require_free
+from mergekit_dam.output import INPUTS_RECORD, MERGE_RECORD, appearing, require_free
 
 CONFIG_PLACE = "<the config goes here>"
 
@@ -35,11 +36,19 @@ def inputs(recipe: Recipe) -> Iterator[str]:
         yield from (entry.path for entry in recipe.settings.data)
 
 
-def merge(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool = False) -> None:
+def merge(
+    recipe: Recipe,
+    out: str,
+    options: MergeOptions,
+    *,
+    overwrite: bool = False,
+    made_of: Mapping[str, str] | None = None,
+) -> None:
     """mergekit's own merge of the recipe; the weights are those of `mergekit-yaml`.
 
     The folder appears when it is complete, so that a killed merge leaves no half model. The
-    results table goes into the card, the coefficients beside the weights.
+    results table goes into the card, the coefficients beside the weights, and so does `made_of`
+    where it is given.
     """
     require_free(out, overwrite=overwrite, inputs=inputs(recipe))
     _require_device(options)
@@ -52,6 +61,8 @@ def merge(recipe: Recipe, out: str, options: MergeOptions, *, overwrite: bool = 
             _write_card(folder, recipe, original)
         if recipe.merge.merge_method == "dam":
             shutil.copyfile(local_file(recipe.coefficients), folder / DEFAULT_NAME)
+        if made_of is not None:
+            (folder / INPUTS_RECORD).write_text(json.dumps(made_of), encoding="utf-8")
 
 
 def _require_device(options: MergeOptions) -> None:

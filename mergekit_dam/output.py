@@ -12,10 +12,11 @@ from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
 from mergekit_dam.errors import DamError
 
 MERGE_RECORD = "mergekit_config.yml"  # mergekit writes it into every merge of its own
+INPUTS_RECORD = "mergekit_dam_inputs.json"  # of a step in a chain: what it was made of
 # What a merge leaves: weights, configs, tokenizers, templates, its card and our coefficients.
 WRITTEN_BY_MERGES = re.compile(
     r"(model|pytorch_model)[-\w]*\.(safetensors|bin)(\.index\.json)?|dam\.safetensors|README\.md|"
-    r"mergekit_config\.yml|[\w.]*(config|tokenizer|preprocessor|tokens|map|vocab|template)[\w.]*"
+    r"mergekit_config\.yml|mergekit_dam_inputs\.json|[\w.]*(config|tokenizer|preprocessor|tokens|map|vocab|template)[\w.]*"
     r"\.(json|model|jinja)|merges\.txt|vocab\.txt|tokenizer\.model"
 )
 

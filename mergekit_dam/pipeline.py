@@ -1,19 +1,19 @@
 """The stages one after the other: check, fit, merge; for one merge or a chain of them."""
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 from mergekit.options import MergeOptions
 
 from mergekit_dam import report, table
-from mergekit_dam.check import check, fit_problems, listed, model_problems
+from mergekit_dam.check import Outlook, check
 from mergekit_dam.coefficients import open_file
 from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.merging import inputs, merge
-from mergekit_dam.output import MERGE_RECORD, is_merged, require_free
+from mergekit_dam.output import is_merged, require_free
+from mergekit_dam.steps import check_chain, label_of, made_of, stale, waits_for
 
 Say = Callable[[str], None]
 
@@ -72,7 +72,7 @@ def run(
     steps = read_chain(config, folder)
     if all(step.name for step in steps):
         raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
-    _require_sound(config, steps, folder, options, device)  # before hours of work
+    check_chain(config, steps, folder, options, device=device)  # before hours of work
     for step in steps:
         if step.name is None:
             require_free(out, overwrite=overwrite, inputs=inputs(step.recipe))
@@ -83,35 +83,38 @@ def run(
             _run_step(step, f"{folder}/{step.name}", options, **arguments)
 
 
-def _require_sound(
-    config: str, steps: list[Step], folder: str, options: MergeOptions, device: str
-) -> None:
-    """Mistakes of a chain that are known before its intermediate models exist."""
-    problems = []
+def check_file(
+    config: str, options: MergeOptions, *, device: str, folder: str | None
+) -> Iterator[tuple[str, Outlook | None]]:
+    """Of a merge, or of each step of a chain: a title, and what is to come of it.
+
+    Raises DamError with all mistakes.
+    """
+    if not is_chain(config):
+        recipe = read_recipe(config)
+        arguments = {"coefficients": recipe.coefficients, "will_fit": True, "will_merge": True}
+        outlook = check(recipe, options, **arguments, device=device, reads_data=True)
+        yield f"{config} is ready to fit.", outlook
+        return
+    folder = folder or f"{config}.steps"  # nothing is there, unless a folder is given
+    steps = read_chain(config, folder)
+    outlooks = check_chain(config, steps, folder, options, device=device, reads_data=True)
+    yield f"{config} is ready to run, step by step:\n", None
     for step in steps:
-        found = list(model_problems(step.recipe, options, but_under=folder))
-        if step.recipe.merge.merge_method == "dam":
-            found += fit_problems(step.recipe, device)
-        if step.name and is_merged(f"{folder}/{step.name}"):
-            found += _stale(step, f"{folder}/{step.name}")
-        problems += [f"{step.name or 'last merge'}: {problem}" for problem in found]
-    if problems:
-        raise DamError(listed(config, problems))
-
-
-def _stale(step: Step, out: str) -> list[str]:
-    record = Path(out) / MERGE_RECORD
-    if not record.exists() or record.read_text(encoding="utf-8") == step.recipe.text:
-        return []
-    return [f"{out} is there from another config: remove it, or give another --intermediate-dir"]
+        label, waits = label_of(step), waits_for(step, folder)
+        yield f"{label}, {'after ' + ', '.join(waits) if waits else 'ready'}", outlooks[label]
 
 
 def _run_step(step: Step, out: str, options: MergeOptions, *, say: Say, **arguments) -> None:
     """An intermediate merge, unless it is there already."""
-    if is_merged(out):
-        say(f"{step.name} is in {out} already.")
-    else:
-        _run(step.recipe, out, options, overwrite=False, say=say, **arguments)
+    if not is_merged(out):
+        _run(
+            step.recipe, out, options, overwrite=False, made_of=made_of(step), say=say, **arguments
+        )
+        return
+    for problem in stale(step, out):  # an input that was not there when the chain was checked
+        raise DamError(f"{step.recipe.path}: {problem}.")
+    say(f"{step.name} is in {out} already.")
 
 
 def _run(
@@ -123,11 +126,12 @@ def _run(
     resume: bool,
     overwrite: bool,
     say: Say,
+    made_of: Mapping[str, str] | None = None,
 ) -> None:
     require_free(out, overwrite=overwrite, inputs=inputs(recipe))
     results = ""
     if recipe.merge.merge_method == "dam":
         results = fit_checked(recipe, None, options, device=device, resume=resume) + "\n\n"
     if is_main_process():  # of a fit under torchrun
-        merge(recipe, out, options, overwrite=overwrite)
+        merge(recipe, out, options, overwrite=overwrite, made_of=made_of)
         say(f"{results}The merged model is in {out}.")

@@ -1,12 +1,17 @@
 """Chains of merges in one file: `dam` feeds mergekit's methods, and they feed `dam`."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import tiny
+import transformers
 import yaml
 from commands import refusal, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+
+from mergekit_dam.coefficients import CoefficientFile, save
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +137,90 @@ def test_a_step_of_another_config_is_not_taken(chain, tmp_path):
     assert "--intermediate-dir" in message
 
 
-@pytest.mark.parametrize("command", ["fit", "check"])
-def test_other_commands_take_one_merge(chain, tmp_path, command):
-    assert "mergekit-dam run" in refusal("mergekit-dam", command, write(tmp_path, chain))
+@pytest.mark.parametrize("changed", ["source", "source's config", "base", "intermediate", "data"])
+def test_a_step_whose_inputs_have_changed_is_not_taken(chain, models, tmp_path, changed):
+    own = [Path(shutil.copytree(model, tmp_path / f"own{n}")) for n, model in enumerate(models)]
+    text = write(tmp_path, chain).read_text()
+    for model, copied in zip(models, own, strict=True):
+        text = text.replace(f"{model}\n", f"{copied}\n")
+    (path := tmp_path / "chain.yml").write_text(text)
+    steps = tmp_path / "steps"
+    run("mergekit-dam", "run", path, tmp_path / "a", "-I", steps, "--quiet")
+    run("mergekit-dam", "check", path, "-I", steps)
+    step, what = "first", own[2]
+    if changed == "data":
+        what = tmp_path / "0.jsonl"
+        what.write_text(what.read_text().replace("a", "b"))
+    elif changed == "source's config":
+        config = json.loads((what / "config.json").read_text())
+        (what / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    else:
+        step, what = {
+            "source": ("first", own[2]),
+            "base": ("first", own[0]),
+            "intermediate": ("first", steps / "soup"),
+        }[changed]
+        file = what / "model.safetensors"
+        tensors = {name: tensor + 1 for name, tensor in load_file(file).items()}
+        save_file(tensors, file, metadata={"format": "pt"})
+    for command in (("check", path), ("run", path, tmp_path / "b")):
+        message = refusal("mergekit-dam", *command, "-I", steps)
+        assert f"{steps}/{step} was made of another {what}, which has changed since" in message
+        assert "--intermediate-dir" in message
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_step_merged_with_other_coefficients_is_not_taken(chain, tmp_path):
+    path, steps = write(tmp_path, chain), tmp_path / "steps"
+    run("mergekit-dam", "run", path, tmp_path / "a", "-I", steps, "--quiet")
+    file = CoefficientFile(tmp_path / "first.safetensors")
+    save(file.path, {name: file.get(name) * 2 for name in file.names}, file.header)
+    message = refusal("mergekit-dam", "run", path, tmp_path / "b", "-I", steps)
+    assert f"{steps}/first was merged with other coefficients" in message
+
+
+def test_check_takes_a_chain(chain, tmp_path):
+    path, steps = write(tmp_path, chain), tmp_path / "steps"
+    before = sorted(tmp_path.iterdir())
+    said = run("mergekit-dam", "check", path).stdout
+    assert "soup, ready" in said
+    assert "first, after soup" in said
+    assert "last merge, after first" in said
+    assert "2 sources" not in said  # nothing to plan on
+    assert sorted(tmp_path.iterdir()) == before
+    run("mergekit-dam", "run", path, tmp_path / "a", "-I", steps, "--quiet")
+    shutil.rmtree(steps / "first")
+    said = run("mergekit-dam", "check", path, "-I", steps).stdout
+    assert "first, ready\n2 sources, 21 output tensors" in said
+
+
+def test_check_tells_the_mistakes_of_every_step(chain, models, tmp_path):
+    wide = tiny.save_model(
+        tmp_path / "wide", transformers.LlamaConfig(**{**tiny.SIZES, "hidden_size": 32}), 9
+    )
+    chain[0]["dam"]["data"][0]["path"] = "gone.jsonl"
+    chain[1]["tokenizer"] = {"source": "unoin"}
+    second = {
+        **chain[0],
+        "name": "second",
+        "models": [{"model": str(m)} for m in (models[0], wide)],
+    }
+    second["parameters"] = {"coefficients": str(tmp_path / "second.safetensors")}
+    second["dam"] = {
+        "data": [
+            {"source": str(m), "path": chain[0]["dam"]["data"][1]["path"]}
+            for m in (models[0], wide)
+        ]
+    }
+    path = write(tmp_path, [*chain, second])
+    for command in (("check", path), ("run", path, tmp_path / "out")):
+        message = refusal("mergekit-dam", *command)
+        assert "has 3 mistakes" in message
+        assert "first: `dam.data.0.path`: the data file gone.jsonl does not exist" in message
+        assert "soup: `tokenizer.source` is unoin" in message
+        assert "second: the sources' shapes of" in message
+    assert not (tmp_path / "out.steps").exists()
+
+
+def test_fit_takes_one_merge(chain, tmp_path):
+    assert "mergekit-dam run" in refusal("mergekit-dam", "fit", write(tmp_path, chain))
