@@ -9,7 +9,7 @@ For one output tensor with sources W_1..W_N, each of shape S, and coefficients c
 The fit and the merge both call `combine`, so the two cannot drift apart.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -19,6 +19,7 @@ Formula = Literal["weights", "task_vectors"]
 Granularity = Literal["column", "row", "tensor", "element"]
 FORMULAS: tuple[str, ...] = get_args(Formula)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
+CACHED = 2**17  # numbers that are worked on at once on a CPU: 512 KB in float32
 
 
 def coefficient_shape(
@@ -83,28 +84,72 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, coefficients, base, dtype, prepared, *sources):
         ctx.subtracted = None if prepared else base
         ctx.sources, ctx.shape = sources, coefficients.shape
-        accumulator = _accumulator(sources)
-        merged = torch.zeros_like(sources[0], dtype=accumulator)
-        for coefficient, source in zip(coefficients.to(accumulator), sources, strict=True):
-            if base is None:
-                merged.addcmul_(source, coefficient)
-            else:  # rounded as mergekit's methods round task vectors: bit for bit the same
-                merged.add_(_difference(source, ctx.subtracted) * coefficient)
-        if base is not None:
-            merged.add_(base)
-        return merged.to(dtype)
+        merged = torch.empty_like(sources[0], dtype=dtype)
+        for part in _parts(merged):
+            _combine_part(
+                _cut(merged, part),
+                [_cut(c, part) for c in coefficients],
+                [_cut(source, part) for source in sources],
+                None if base is None else _cut(base, part),
+                prepared,
+            )
+        return merged
 
     @staticmethod
     def backward(ctx, gradient):
         """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
         accumulator = _accumulator(ctx.sources)
-        gradient = gradient.to(accumulator)
-        product = torch.empty_like(gradient)
-        gradients = torch.empty(ctx.shape, dtype=torch.float32, device=gradient.device)
-        for row, source in zip(gradients, ctx.sources, strict=True):
-            torch.mul(gradient, _difference(source, ctx.subtracted), out=product)
-            row.copy_(product.sum_to_size(row.shape))
-        return gradients, None, None, None, *(None for _ in ctx.sources)
+        gradients = torch.zeros(ctx.shape, dtype=accumulator, device=gradient.device)
+        for part in _parts(gradient):
+            outer = _cut(gradient, part).to(accumulator)
+            base = None if ctx.subtracted is None else _cut(ctx.subtracted, part)
+            product = torch.empty_like(outer)
+            for total, source in zip(gradients, ctx.sources, strict=True):
+                torch.mul(outer, _difference(_cut(source, part), base), out=product)
+                total = _cut(total, part)
+                total += product.sum_to_size(total.shape)
+        return gradients.float(), None, None, None, *(None for _ in ctx.sources)
+
+
+def _combine_part(
+    out: Tensor,
+    coefficients: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    base: Tensor | None,
+    prepared: bool,
+) -> None:
+    accumulator = _accumulator(sources)
+    merged = out if out.dtype == accumulator else torch.empty_like(out, dtype=accumulator)
+    merged.copy_(base) if base is not None else merged.zero_()
+    subtracted = None if prepared else base
+    for coefficient, source in zip(coefficients, sources, strict=True):
+        merged.addcmul_(_difference(source, subtracted), coefficient.to(accumulator))
+    if merged is not out:
+        out.copy_(merged)
+
+
+def _parts(whole: Tensor) -> Iterator[tuple[slice | int, ...]]:
+    """Rows of a tensor, as many as stay in a CPU's cache between one operation and the next."""
+    if whole.device.type != "cpu" or whole.numel() <= CACHED or whole.dim() < 2:
+        yield ()
+        return
+    row = whole.numel() // len(whole)
+    if row > CACHED and whole.dim() > 2:  # a stack of matrices
+        for index in range(len(whole)):
+            yield from ((index, *part) for part in _parts(whole[index]))
+        return
+    step = max(1, CACHED // row)
+    for start in range(0, len(whole), step):
+        yield (slice(start, start + step),)
+
+
+def _cut(tensor: Tensor, part: tuple[slice | int, ...]) -> Tensor:
+    """A part of a tensor, or what is broadcast to it; a view."""
+    for axis in part:
+        if len(tensor) == 1:
+            axis = 0 if isinstance(axis, int) else slice(None)
+        tensor = tensor[axis]
+    return tensor
 
 
 def alignment(

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import mergekit_dam.formula as formula_module
 from mergekit_dam.formula import (
     FORMULAS,
     GRANULARITIES,
@@ -76,9 +77,17 @@ def test_tensor_has_one_coefficient_and_element_has_all(layout: str) -> None:
     assert coefficient_shape(shape, "element", **options) == shape
 
 
+@pytest.fixture(params=[None, 12, 2], ids=["whole", "rows", "single rows"])
+def cached(request, monkeypatch) -> None:
+    """A CPU works on large tensors in parts; here on tiny ones, too."""
+    if request.param:
+        monkeypatch.setattr(formula_module, "CACHED", request.param)
+
+
 @FORMULA
 @GRANULARITY
 @LAYOUT
+@pytest.mark.usefixtures("cached")
 def test_values_and_gradients_are_plain_torchs(layout: str, granularity: str, formula: str) -> None:
     coefficients, sources, base = example(layout, granularity, formula)
     ours = coefficients.clone().requires_grad_()
@@ -93,6 +102,7 @@ def test_values_and_gradients_are_plain_torchs(layout: str, granularity: str, fo
 
 
 @FORMULA
+@pytest.mark.usefixtures("cached")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_sums_in_float32_and_returns_the_sources_dtype(dtype: torch.dtype, formula: str) -> None:
     coefficients, sources, base = example("linear", "column", formula, dtype)
@@ -168,6 +178,7 @@ def test_the_same_source_twice_gets_its_gradient_twice() -> None:
     torch.testing.assert_close(coefficients.grad, source.sum(0, True).expand(3, 1, 5))
 
 
+@pytest.mark.usefixtures("cached")
 def test_transposed_sources_give_the_same() -> None:
     coefficients, sources, _ = example("linear", "column")
     views = [source.T.contiguous().T for source in sources]
