@@ -161,7 +161,8 @@ dam:
 
 Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE.fit/`, where FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
-or a row of data has changed, `report_to` excepted. The folder is removed when the fit is done.
+or a row of data has changed, `report_to` and `recompute` excepted. The folder is removed when the
+fit is done.
 """
 
 

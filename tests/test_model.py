@@ -124,31 +124,6 @@ def test_padding_is_irrelevant(recipe, llamas):
     torch.testing.assert_close(fit.merged(padded)[:, : ids.shape[1]], fit.merged(ids))
 
 
-def test_only_one_blocks_weights_exist_at_a_time(recipe, llamas, monkeypatch):
-    """While the loss is computed, no merged weight survives its block."""
-    import weakref
-
-    from mergekit_dam.model import weights
-
-    alive: list[weakref.ref] = []
-    most = 0
-    combine = weights.combine
-
-    def counting(*args, **kwargs):
-        nonlocal most
-        weight = combine(*args, **kwargs)
-        alive.append(weakref.ref(weight))
-        most = max(most, sum(reference() is not None for reference in alive))
-        return weight
-
-    monkeypatch.setattr(weights, "combine", counting)
-    fit = prepared(recipe, llamas)
-    fit.merged(tiny.tokens()).sum().backward()
-    weights_of_a_layer = 9
-    assert len(alive) >= 2 * (2 * weights_of_a_layer + 3)  # made in forward and in backward
-    assert most <= weights_of_a_layer + 1
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_rounded_as_the_merge_writes_them(recipe, llamas, dtype):
     fit = prepared(recipe, llamas, dtype=dtype)

@@ -198,6 +198,12 @@ class Settings(_Block):
         description="dtype of the fit's forward passes; auto: float32 on a CPU, on a GPU the "
         "models' own with bfloat16 for float16; coefficients are float32 always",
     )
+    recompute: Literal["auto", "block", "weights", "none"] = Field(
+        "auto",
+        description="what the backward pass makes again: whole blocks, their merged weights alone, "
+        "or nothing; the gradients are the same; auto: the fastest that fits into half of the "
+        "free memory",
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     evaluate_every: int | None = Field(
         None,

@@ -16,6 +16,7 @@ from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 
+HOW = ("report_to", "recompute")  # settings that change no result
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 
@@ -23,7 +24,7 @@ def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict
     """All that must be the same for two fits to be one."""
     merge = recipe.merge.model_dump(mode="json", exclude_none=True)
     merge.get("parameters", {}).pop("coefficients", None)
-    settings = {key: value for key, value in header.settings.items() if key != "report_to"}
+    settings = {key: value for key, value in header.settings.items() if key not in HOW}
     same = {
         **{f"dam.{key}": value for key, value in settings.items()},
         **merge,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import datasets
 import torch
 from mergekit.common import ModelReference
@@ -20,6 +21,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.memory import choose_recompute, free_memory, longest_step, needs
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpoint, identity
 from mergekit_dam.fit.rows import load_data
@@ -130,6 +132,13 @@ def prepare(
         dtype=dtype,
         trust_remote_code=options.trust_remote_code,
     )
+    found = needs(
+        plan.model_config,
+        skeleton,
+        dtype,
+        longest_step(settings, data),
+        trust_remote_code=options.trust_remote_code,
+    )
     merged = MergedModel(
         skeleton,
         weights,
@@ -138,6 +147,9 @@ def prepare(
         dtype,
         own_models(recipe, plan, dtype, device),
     ).to(device)
+    merged.recompute, choice = choose_recompute(settings, found, free_memory(device))
+    if choice and not options.quiet and is_main_process():
+        click.echo(choice, err=True)
     header = _header(recipe, plan, preparation)
     same = identity(recipe, header, data)
     header = header.model_copy(update={"identity": digest(same)})

@@ -2,6 +2,7 @@
 
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.merged import Head, MergedModel, View
+from mergekit_dam.model.recompute import Recompute
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
 from mergekit_dam.model.weights import SourceWeights, Stack
 
@@ -9,6 +10,7 @@ __all__ = [
     "Block",
     "Head",
     "MergedModel",
+    "Recompute",
     "Role",
     "Skeleton",
     "SourceWeights",

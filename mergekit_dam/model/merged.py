@@ -2,9 +2,9 @@
 
 Every block of the skeleton (a decoder layer, an embedding, the final norm, the head) runs
 through `torch.func.functional_call` with weights made on the spot. Where gradients are wanted
-this happens inside `torch.utils.checkpoint`, so that the backward pass makes a block's weights
-and activations again: one block's merged weights exist at a time. A teacher is the same
-skeleton with one source's own tensors in place of the merged ones; it costs no extra weights.
+the backward pass makes a block's weights again (see `recompute`): one block's merged weights exist
+at a time. A teacher is the same skeleton with one source's own tensors in place of the merged
+ones; it costs no extra weights.
 """
 
 import itertools
@@ -14,11 +14,11 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import alignment, combine
 from mergekit_dam.model.block import Block, Call, with_made_weights
+from mergekit_dam.model.recompute import Recompute, run
 from mergekit_dam.model.skeleton import Skeleton, set_places
 from mergekit_dam.model.split import Split
 from mergekit_dam.model.weights import SourceWeights, Stack
@@ -49,6 +49,7 @@ class MergedModel(nn.Module):
         self._device = torch.device("cpu")
         self._view: View = "merge"  # whose weights the blocks get
         self._intercept: Call | None = None
+        self.recompute: Recompute = "block"
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
         self._split = Split(self.model)
@@ -189,9 +190,7 @@ class MergedModel(nn.Module):
         if self._intercept is not None:
             return self._intercept(block, args, kwargs)
         if self._view == "merge" and torch.is_grad_enabled():
-            return checkpoint(
-                block.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs
-            )
+            return run(block, args, kwargs, self.recompute)
         return block.run(*args, **kwargs)
 
     @contextmanager

@@ -47,7 +47,7 @@ class Skeleton:
 
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts whose weights are made together, with their full names."""
-        return _blocks("", self.model)
+        return blocks_of(self.model)
 
 
 def build_skeleton(
@@ -61,18 +61,9 @@ def build_skeleton(
 
     Raises DamError where transformers cannot build the model, or a parameter has no tensor.
     """
-    architecture = (config.architectures or ["?"])[0]
-    try:
-        with init_empty_weights(include_buffers=False):  # rotary buffers are computed, not loaded
-            model = get_auto_cls(architecture).from_config(
-                config, dtype=dtype, trust_remote_code=trust_remote_code
-            )
-    except Exception as error:
-        raise DamError(
-            f"transformers cannot build the architecture {architecture} ({error}): the fit needs "
-            "it; update transformers, or allow the model's own code with --trust-remote-code."
-        ) from error
-    model.eval()
+    with init_empty_weights(include_buffers=False):  # rotary buffers are computed, not loaded
+        model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+    architecture = type(model).__name__
     _require_causal(model, architecture)
     assemblies = assemble(model, output_tensors)
     tensors = _output_names(model, assemblies, architecture)
@@ -84,6 +75,23 @@ def build_skeleton(
     )
     set_places(model, torch.device("cpu"))
     return skeleton
+
+
+def make_model(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Raises DamError where transformers cannot build the model."""
+    architecture = (config.architectures or ["?"])[0]
+    try:
+        model = get_auto_cls(architecture).from_config(
+            config, dtype=dtype, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:
+        raise DamError(
+            f"transformers cannot build the architecture {architecture} ({error}): the fit needs "
+            "it; update transformers, or allow the model's own code with --trust-remote-code."
+        ) from error
+    return model.eval()
 
 
 def set_places(model: nn.Module, device: torch.device) -> None:
@@ -204,7 +212,7 @@ def _role(
     return Role("linear", shape, input_axis=-2 if is_transposed else -1)
 
 
-def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def blocks_of(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """The items of module lists (decoder layers), and what owns parameters outside of them.
 
     A module that owns parameters directly is a block with all that is below it.
@@ -217,4 +225,4 @@ def _blocks(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if owns_parameters or isinstance(module, nn.ModuleList):
             yield path, child
         else:
-            yield from _blocks(f"{path}.", child)
+            yield from blocks_of(child, f"{path}.")

@@ -1,0 +1,77 @@
+"""How much a model keeps between forward and backward, measured without computing anything."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PretrainedConfig
+
+from mergekit_dam.model.skeleton import blocks_of, make_model
+
+TOKENS = 64  # of the trial
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes for each token of a step, the head left out."""
+
+    all: float  # what autograd keeps of the whole model, but for its weights
+    largest: float  # of the block that keeps most
+    inputs: float  # of all blocks
+
+
+def measure(
+    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+) -> Activations:
+    """Runs the model on tensors without storage. Models that cannot run so are estimated: like a
+    Llama of their sizes."""
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+            return _measure(model)
+    except Exception:  # whatever stops such a run would not stop a real one
+        return _estimate(config.get_text_config(), dtype)
+
+
+def _measure(model: nn.Module) -> Activations:
+    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    kept: dict[Any, Tensor] = {}  # holding the tensors keeps their storages apart
+    blocks, inputs = [], 0
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _storage(tensor) not in own:
+            kept[_storage(tensor)] = tensor
+        return tensor
+
+    def size() -> int:
+        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal inputs
+        given = [x for x in (*args[:1], kwargs.get("hidden_states")) if isinstance(x, Tensor)]
+        inputs += sum(x.numel() * x.element_size() for x in given)
+        blocks.append(size())
+
+    def after(module: nn.Module, args: tuple, output: Any) -> None:
+        blocks[-1] = size() - blocks[-1]
+
+    for _, block in blocks_of(model.base_model):
+        block.register_forward_pre_hook(before, with_kwargs=True)
+        block.register_forward_hook(after)
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+    return Activations(size() / TOKENS, max(blocks) / TOKENS, inputs / TOKENS)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
+    layers, width = config.num_hidden_layers, config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer = (12 * width + 4 * inner) * dtype.itemsize
+    return Activations(layers * layer, layer, layers * width * dtype.itemsize)

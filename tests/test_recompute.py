@@ -1,0 +1,122 @@
+"""Keeping activations, keeping nothing or keeping all: the same gradients, different memory."""
+
+import weakref
+
+import pytest
+import tiny
+import torch
+import transformers
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import Settings, read_recipe
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.memory import Needs, choose_recompute
+from mergekit_dam.fit.stage import prepare
+from mergekit_dam.model import weights
+from mergekit_dam.model.activations import Activations, measure
+
+QUIET = MergeOptions(quiet=True)
+MODES = ("block", "weights", "none")
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    def make(name: str):
+        models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 2)
+        return prepare(read_recipe(str(recipe(models))), QUIET, device="cpu").merged
+
+    return make
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_gradients_are_the_same_to_the_last_bit(make, name):
+    merged, found = make(name), {}
+    for mode in MODES:
+        merged.zero_grad()
+        merged.recompute = mode
+        merged(tiny.tokens()).square().mean().backward()
+        found[mode] = [c.grad.clone() for c in merged.parameters()]
+    for mode in ("weights", "none"):
+        for one, other in zip(found["block"], found[mode], strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_whose_weights_exist_together(make, monkeypatch, mode):
+    """One block's at most, but with `none`: then all of them."""
+    alive, most = [], 0
+    combine = weights.combine
+
+    def counting(*args, **kwargs):
+        nonlocal most
+        weight = combine(*args, **kwargs)
+        alive.append(weakref.ref(weight))
+        most = max(most, sum(reference() is not None for reference in alive))
+        return weight
+
+    monkeypatch.setattr(weights, "combine", counting)
+    merged = make("llama")
+    merged.recompute = mode
+    merged(tiny.tokens()).sum().backward()
+    of_a_layer, of_all = 9, 2 * 9 + 3
+    if mode == "none":
+        assert len(alive) == of_all
+        assert most >= 2 * of_a_layer
+    else:
+        assert len(alive) > of_all  # some are made twice
+        assert most <= of_a_layer + 1
+
+
+def test_the_setting_changes_no_byte_of_the_file(recipe, tmp_path):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama_tied"], 2)
+    files = []
+    for mode in ("auto", *MODES):
+        path = str(recipe(models, dam={"recompute": mode}))
+        fit(read_recipe(path), str(tmp_path / f"{mode}.safetensors"), QUIET, device="cpu")
+        files.append(CoefficientFile(tmp_path / f"{mode}.safetensors"))
+    for file in files[1:]:
+        for name in files[0].names:
+            assert torch.equal(file.get(name), files[0].get(name))
+        assert file.header.results == files[0].header.results
+
+
+def test_what_a_model_keeps_is_measured_without_computing():
+    config = transformers.LlamaConfig(
+        **{**tiny.SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    )
+    predicted = measure(config, torch.float32, trust_remote_code=False)
+    model = transformers.LlamaForCausalLM(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.ones(2, 32, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 64
+    assert predicted.all == pytest.approx(real, rel=0.15)
+    assert predicted.largest == pytest.approx(real / 3, rel=0.15)
+    assert predicted.inputs == pytest.approx(4 * 128 * 4, rel=0.15)  # three layers and the norm
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_every_architecture_has_an_estimate(name):
+    found = measure(tiny.CONFIGS[name], torch.float32, trust_remote_code=False)
+    assert found.all >= found.largest >= found.inputs / 6 > 0
+
+
+@pytest.mark.parametrize(
+    "free, mode", [(10**6, "none"), (40_000, "weights"), (12_000, "block"), (1, "block")]
+)
+def test_auto_takes_the_fastest_that_fits(free, mode):
+    needs = Needs(tokens=10, kept=Activations(1000, 200, 50), weights=50_000, block=1000)
+    settings = Settings(data=())
+    chosen, why = choose_recompute(settings, needs, free)
+    assert chosen == mode
+    assert (mode in why and " B" in why) or "KB" in why
+    settings = Settings(data=(), recompute="weights")
+    assert choose_recompute(settings, needs, free) == ("weights", "")
