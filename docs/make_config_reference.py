@@ -163,6 +163,14 @@ Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
 or a row of data has changed, `report_to` and `recompute` excepted. The folder is removed when the
 fit is done.
+
+## Logs
+
+`report_to` names integrations of transformers' Trainer, such as tensorboard, wandb or trackio;
+`check` refuses one that is unknown or not installed. Each step logs the `loss`, each of its terms
+before its weight (those on a source's rows by the source, `kl/math`; those on the coefficients by
+their names), `learning_rate`, `grad_norm`, the `tokens` read so far without padding, and
+`tokens_per_second`. tensorboard's files stay in `FILE.fit/runs/`.
 """
 
 

@@ -33,7 +33,7 @@ def inputs(recipe: Recipe) -> Iterator[str]:
     for model in recipe.merge.referenced_models():
         yield from (part.path for part in (model.model, model.lora) if part is not None)
     if recipe.settings is not None:
-        yield from (entry.path for entry in recipe.settings.data)
+        yield from (entry.path for entry in recipe.settings.data if entry.path)
 
 
 def merge(

@@ -151,15 +151,20 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
     )
 
 
+def plan_alone(source: ModelReference, merge: MergeConfiguration, options: MergeOptions) -> Plan:
+    """One source as it is, over its own vocabulary, in the merge's dtype."""
+    alone = MergeConfiguration(
+        merge_method="dam", models=[{"model": source}], dtype=merge.dtype, out_dtype=merge.out_dtype
+    )
+    return plan_merge(alone, options, "weights")
+
+
 def plan_source(plan: Plan, source: ModelReference, merge: MergeConfiguration) -> Plan:
     """One source as it is, with its own layers, in the merge's dtype and over its vocabulary.
 
     A token that the source lacks gets no embedding here; it takes no part in the source's loss.
     """
-    alone = MergeConfiguration(
-        merge_method="dam", models=[{"model": source}], dtype=merge.dtype, out_dtype=merge.out_dtype
-    )
-    own = plan_merge(alone, plan.options, "weights")
+    own = plan_alone(source, merge, plan.options)
     if plan.vocabulary is None:
         return own
     aligned = {

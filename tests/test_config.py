@@ -210,7 +210,7 @@ def test_right_keys_of_mergekits_are_taken(document: dict, check: Check) -> None
         ("data.0.examples", 1),
         ("data.0.max_length", 1),
         ("data.0.held_out", 1.5),
-        ("data.0.path", None),
+        ("data.0.path", 3),
         ("report_to", 3),
     ],
 )
@@ -243,10 +243,30 @@ def test_mistakes_in_an_entry_for_all_sources_are_placed(document: dict, check: 
     assert message == "`dam.data.exampels` is not a key, did you mean `examples`?"
 
 
-@pytest.mark.parametrize("key", ["source", "path"])
-def test_a_missing_key_is_named(document: dict, check: Check, key: str) -> None:
-    del document["dam"]["data"][1][key]
-    assert only(check(document)) == f"`dam.data.1.{key}` is missing."
+def test_a_missing_key_is_named(document: dict, check: Check) -> None:
+    del document["dam"]["data"][1]["source"]
+    assert only(check(document)) == "`dam.data.1.source` is missing."
+
+
+@pytest.mark.parametrize(
+    ("entry", "part"),
+    [
+        ({}, "give a `path`, or the number of rows to `generate`"),
+        ({"path": "a.jsonl", "generate": 5}, "give a `path`, or the number of rows to `generate`"),
+        ({"generate": 5, "split": "test"}, "`split` has no effect on rows that a source writes"),
+        ({"generate": 5, "text": "content"}, "`text` has no effect on rows that a source writes"),
+        ({"generate": 5, "held_out": "test"}, "have no splits to hold out"),
+        ({"generate": 1}, "greater than or equal to 2"),
+        ({"path": "a.jsonl", "text": "a", "columns": {"text": "b"}}, "`text` or `columns`, not"),
+    ],
+)
+def test_an_entry_says_where_its_rows_come_from(
+    document: dict, check: Check, entry: dict, part: str
+) -> None:
+    document["dam"]["data"][1] = {"source": document["dam"]["data"][1]["source"], **entry}
+    message = only(check(document))
+    assert message.startswith("`dam.data.1")
+    assert part in message
 
 
 @pytest.mark.parametrize("block", ["text", [1]])

@@ -59,8 +59,8 @@ def test_every_block_is_ready_to_fit(here: Path, number: int) -> None:
     result = CliRunner().invoke(main, ["check", "config.yml"])
     assert result.exit_code == 0, result.output
     assert "./math: " in result.output and "./code: " in result.output
-    counts_completions = "predictions count" in result.output
-    assert counts_completions == ("loss_on" in BLOCKS[number])
+    assert ("predictions count" in result.output) == ("loss_on" in BLOCKS[number])
+    assert ("itself, from its chat" in result.output) == ("generate" in BLOCKS[number])
 
 
 def test_the_pages_rows_are_rows(here: Path) -> None:

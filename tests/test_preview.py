@@ -36,9 +36,9 @@ def test_check_shows_a_row_of_every_source(recipe, models, tmp_path):
         ": 18 rows to train on and 2 held out; 141 tokens (7 a row, at most 8); 5% of the rows are "
         "cut to their length"
     )
-    assert row.replace(" ", "") == "|<bos>ab=cd<eos>"
+    assert row == "  | <bos>ab=cd<eos>"
     assert "; 61 predictions count; " in shown[1]
-    assert shown[1].rstrip().endswith("| <bos> a b =▸c d <eos>")
+    assert shown[1].rstrip().endswith("| <bos>ab=▸cd<eos>")
 
 
 def test_a_long_row_is_cut_to_a_screen(tokenizer):

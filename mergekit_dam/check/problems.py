@@ -23,8 +23,9 @@ from mergekit_dam.config.settings import EVERY
 from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
-from mergekit_dam.fit.rows import load_source_data
+from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import starting_weights
+from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.hub import open_coefficients
 from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
 from mergekit_dam.sources import match
@@ -72,7 +73,7 @@ def check(
         problems += _collect(_file_problems(coefficients, settings, plan, shapes))
     previews = []
     if reads_data and settings is not None and not of_fit:
-        previews = list(_previews(settings, plan, problems))
+        previews = list(_previews(settings, plan, coefficients or "", problems))
     result = None
     if will_fit and not problems:
         try:
@@ -137,11 +138,17 @@ def _is_under(path: str, folder: str) -> bool:
     return Path(folder).resolve() in Path(path).resolve().parents
 
 
-def _previews(settings: Settings, plan: Plan, problems: list[str]) -> Iterator[str]:
-    """Each source's rows; data that are there and cannot be read as rows are problems."""
+def _previews(settings: Settings, plan: Plan, out: str, problems: list[str]) -> Iterator[str]:
+    """Each source's rows for a fit into the file `out`; data that are there and cannot be read as
+    rows are problems."""
     for source in plan.sources:
         try:
-            yield preview(str(source), load_source_data(source, settings, plan), plan.tokenizer)
+            written = generation(source, settings, plan, out)
+            if written and not written.path.exists():
+                yield str(written)
+                continue
+            data = load_source_data(source, settings, plan, out)
+            yield preview(str(source), data, plan.tokenizer)
         except DamError as error:
             problems.append(error.message)
 
@@ -157,6 +164,7 @@ def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
             )
         return
     yield from _meaningless(recipe, settings)
+    yield from integration_problems(settings.report_to)
     models = source_models(recipe.merge, settings.formula)
     found = []
     for index, entry in enumerate(settings.data):
@@ -166,7 +174,7 @@ def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
         elif model in found:
             yield f"`dam.data.{index}` is a second entry for the source {model}: keep one"
         found.append(model)
-        if is_missing(entry.path):
+        if entry.path is not None and is_missing(entry.path):
             yield f"`dam.data.{index}.path`: the data file {entry.path} does not exist"
     for model in models:
         if model not in found and EVERY not in found:

@@ -15,6 +15,7 @@ from mergekit_dam.task_vectors import Sparsify
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 EVERY = "*"  # stands for each source that has no entry of its own
+OF_FILES = frozenset({"name", "revision", "split", "streaming", "text", "columns", "examples"})
 LossOn = Literal["all", "completion"]
 
 # The columns that make a row; of those that a row has, the first in this order count. TRL's
@@ -53,9 +54,13 @@ class DataSettings(_Block):
     source: str = Field(
         description="the model, written as under `models`; `*`: every source without an entry"
     )
-    path: str = Field(
+    path: str | None = Field(
+        None,
         description="a json, jsonl, parquet, csv or txt file, a pattern of such files "
-        "(`data/*.jsonl`), a folder, or a data set's Hub name"
+        "(`data/*.jsonl`), a folder, or a data set's Hub name",
+    )
+    generate: int | None = Field(
+        None, ge=2, description="rows that the source writes itself, instead of `path`"
     )
     name: str | None = Field(None, description="the data set's configuration on the Hub")
     revision: str | None = Field(None, description="its commit, tag or branch on the Hub")
@@ -83,6 +88,17 @@ class DataSettings(_Block):
             known = " or ".join(f"{{{', '.join(shape)}}}" for shape in SHAPES)
             raise ValueError(f"makes no row: name {known}")
         return columns
+
+    @pydantic.model_validator(mode="after")
+    def _one_origin(self) -> "DataSettings":
+        if (self.path is None) == (self.generate is None):
+            raise ValueError("give a `path`, or the number of rows to `generate`")
+        idle = self.model_fields_set & OF_FILES if self.path is None else set()
+        if idle:
+            raise ValueError(f"`{min(idle)}` has no effect on rows that a source writes itself")
+        if self.path is None and isinstance(self.held_out, str):
+            raise ValueError("rows that a source writes itself have no splits to hold out")
+        return self
 
     @pydantic.model_validator(mode="after")
     def _one_mapping(self) -> "DataSettings":

@@ -20,6 +20,8 @@ TEST_SPLIT = ("test", "validation", "valid", "val", "dev", "eval")
 
 def benchmark_warning(entry: DataSettings) -> str | None:
     """A sentence where the names of an entry say so."""
+    if entry.path is None:
+        return None
     name, split = _words(f"{entry.path} {entry.name or ''}"), _words(entry.split)
     found = _first(TEST_ALONE, name)
     if found is None and _first(TEST_SPLIT, f"{name} {split}"):

@@ -19,6 +19,8 @@ from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 HOW = ("report_to", "recompute")  # settings that change no result
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
+LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
+
 
 def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
     """All that must be the same for two fits to be one."""
@@ -73,7 +75,8 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
 def _is_foreign(folder: Path) -> bool:
     if not folder.is_dir():
         return folder.exists()
-    return any(folder.iterdir()) and not (folder / RECORD).exists()
+    is_empty = all(path.name == LOGS for path in folder.iterdir())
+    return not is_empty and not (folder / RECORD).exists()
 
 
 def discard_empty(folder: Path) -> None:

@@ -64,7 +64,7 @@ def fit(
     Raises DamError for every mistake of the user's.
     """
     folder = Path(f"{out}.fit")
-    prepared = prepare(recipe, options, device=device, data=data)
+    prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
         return files.open_file(out).header
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
@@ -109,15 +109,20 @@ def prepare(
     *,
     device: str = "auto",
     data: list[SourceData] | None = None,
+    out: str | None = None,
 ) -> Fit:
-    """Plan the merge, read data and weights, build the merged model at its start."""
+    """Plan the merge, read data and weights, build the merged model at its start.
+
+    `out` is the coefficient file, beside which sources keep the data that they write.
+    """
     settings, device = recipe.settings, choose_device(device)
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula)
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
-    data = load_data(settings, plan) if data is None else data
+    if data is None:
+        data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
     weights = SourceWeights(
         plan,
@@ -212,6 +217,7 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
             folder,
             device=merged.device.type,
             quiet=quiet,
+            sources=[str(source) for source in prepared.plan.sources],
         )
         if settings.evaluate_every:
             trainer.add_callback(Watch(trainer, settings.evaluate_every, figures))

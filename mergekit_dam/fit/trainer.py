@@ -5,12 +5,17 @@ import json
 import math
 import os
 import re
+import time
 import zipfile
 from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from mergekit_dam.coefficients import Point
@@ -24,17 +29,21 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 class CoefficientTrainer(Trainer):
-    """Logs every term of the loss beside the loss."""
+    """Logs every term of the loss beside the loss, and the tokens."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, sources: Sequence[str], **kwargs):
         super().__init__(*args, **kwargs)
-        self._terms: dict[str, list] = defaultdict(list)
+        self._labels = labels(sources)
+        self._terms: dict[str, list[Tensor]] = defaultdict(list)
+        self._tokens, self._since = 0, None
 
     def _get_train_sampler(self, train_dataset=None):
         step = self.args.per_device_train_batch_size * self.args.world_size
         return ByLength(self.train_dataset, step, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        self._since = self._since or time.perf_counter()
+        self._tokens += inputs["lengths"].sum()
         terms = model(**inputs)
         loss = terms.pop("loss")
         for name, value in terms.items():
@@ -44,10 +53,40 @@ class CoefficientTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             _require_finite(logs["loss"], self.state.global_step)
-            means = {name: sum(v).item() / len(v) for name, v in self._terms.items()}
-            logs = {**logs, **means}
-            self._terms.clear()
+            logs = {**logs, **self._means(), **self._speed()}
         super().log(logs, start_time)
+
+    def _means(self) -> dict[str, float]:
+        """Of each term since the last call, over all processes."""
+        means = torch.stack([torch.stack(values).mean() for values in self._terms.values()])
+        means = self.accelerator.gather(means[None]).mean(0)
+        names = [self._labels.get(name.rpartition("_")[2]) for name in self._terms]
+        names = [
+            f"{name.rpartition('_')[0]}/{label}" if label else name
+            for name, label in zip(self._terms, names, strict=True)
+        ]
+        self._terms.clear()
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def _speed(self) -> dict[str, float]:
+        """Real tokens so far, which a checkpoint keeps, and those of a second since the last
+        call; over all processes."""
+        now = time.perf_counter()
+        tokens = int(self.accelerator.gather(self._tokens).sum())
+        self.state.num_input_tokens_seen += tokens
+        speed = tokens / (now - self._since)
+        self._tokens, self._since = 0, now
+        return {"tokens": self.state.num_input_tokens_seen, "tokens_per_second": speed}
+
+
+def labels(sources: Sequence[str]) -> dict[str, str]:
+    """The number that ends the name of a source's term -> the last part of the source's name,
+    with its number where another source has the same."""
+    short = [source.rstrip("/").rpartition("/")[2] for source in sources]
+    return {
+        str(number): name if short.count(name) == 1 else f"{name}-{number}"
+        for number, name in enumerate(short, 1)
+    }
 
 
 def _require_finite(loss: float, step: int) -> None:
@@ -86,19 +125,38 @@ def build_trainer(
     *,
     device: str,
     quiet: bool,
+    sources: Sequence[str] = (),
 ) -> CoefficientTrainer:
-    """`folder` holds the checkpoints; `device` is "cpu" or "cuda"."""
+    """`folder` holds the checkpoints; `device` is "cpu" or "cuda"; `sources` are the names that
+    the logs show."""
     trainer = CoefficientTrainer(
         model=distillation,
         args=_arguments(settings, folder, device),
         train_dataset=rows,
         data_collator=collate,
+        sources=sources,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     if not quiet:
         trainer.add_callback(_Bar())
     return trainer
+
+
+def integration_problems(names: Sequence[str]) -> Iterator[str]:
+    """A sentence part for each of `dam.report_to` that the Trainer cannot log to."""
+    if tuple(names) in (("all",), ("none",)):
+        return
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            yield f"`dam.report_to` has {name!r}, which is none of {known}"
+            continue
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            yield f"`dam.report_to` has {name!r}, which is not installed ({reason}): install it"
 
 
 def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArguments:
