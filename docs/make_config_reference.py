@@ -46,7 +46,10 @@ mergekit's part too it refuses a key that nobody reads, which mergekit itself wo
 Relative paths, `coefficients` among them, resolve against the working directory, as mergekit's
 do, not against the folder of the YAML file.
 
-The method has one parameter of its own, `coefficients`. Those of mergekit's other methods keep
+The method has one parameter of its own, `coefficients`: a path, or a file on the Hub as
+`user/repo`, `user/repo@revision`, `user/repo/folder/file.safetensors` or both together; without a
+name the file is `dam.safetensors`. A local path of that name wins, and a fit writes local files
+alone. Those of mergekit's other methods keep
 their meaning, so that an existing config needs another `merge_method` and a `dam:` block:
 
 - `weight`, as a number, a gradient or by filters, is where the coefficients start. With

@@ -1,4 +1,4 @@
-"""The commands on coefficient files: inspect, report, convert, blend.
+"""The commands on coefficient files: inspect, report, convert, blend, push.
 
 A FILE is a path, or user/repo[@revision][/file] on the Hub.
 """
@@ -112,4 +112,46 @@ def _require_new(out: str) -> None:
         raise DamError(f"{out} is there already: give another name, or remove it.")
 
 
-COMMANDS = (inspect, report, convert, blend)
+@file_command
+@click.argument("file")
+@click.argument("repo")
+@click.option("--private", is_flag=True, help="Create REPO as a private repository.")
+@click.option("--dry-run", is_flag=True, help="Show what would be published, and publish nothing.")
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="PATH=REPO",
+    help="What a model that was a local path is called on the Hub; once for each.",
+)
+def push(file: str, repo: str, private: bool, dry_run: bool, names: Sequence[str]) -> None:
+    """Publish FILE as REPO on the Hub, with a card from which anybody rebuilds the merge."""
+    from mergekit_dam import card
+    from mergekit_dam.hub import open_coefficients
+    from mergekit_dam.push import staged, upload
+
+    with staged(open_coefficients(file), repo, _pairs(names)) as (folder, header):
+        for model in card.unpublished(header):
+            click.echo(
+                f"Others cannot rebuild this merge: {model} is a local path here, and "
+                f"`--name {model}=user/model` gives its name on the Hub.",
+                err=True,
+            )
+        if dry_run:
+            click.echo((folder / "README.md").read_text(encoding="utf-8"))
+            for path in sorted(folder.iterdir()):
+                click.echo(f"{path.name}: {path.stat().st_size:,} bytes")
+            click.echo(f"Nothing was published to {repo}.")
+            return
+        url = upload(folder, repo, private=private)
+    click.echo(f"Published at {url}; in a config: `coefficients: {repo}`.")
+
+
+def _pairs(names: Sequence[str]) -> dict[str, str]:
+    for name in names:
+        if "=" not in name:
+            raise DamError(f"--name {name}: write the path, `=`, and the name on the Hub.")
+    return dict(name.rsplit("=", 1) for name in names)
+
+
+COMMANDS = (inspect, report, convert, blend, push)

@@ -1,27 +1,22 @@
-"""The merge stage: mergekit's own merge, with the results in its card."""
+"""The merge stage: mergekit's own merge, with what was learnt in its card."""
 
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from mergekit.card import generate_card
-from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 
-from mergekit_dam import table
+from mergekit_dam import card
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.config import Recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub import DEFAULT_NAME, local_file, open_coefficients
 from mergekit_dam.output import INPUTS_RECORD, MERGE_RECORD, appearing, require_free
-
-CONFIG_PLACE = "<the config goes here>"
 
 
 def inputs(recipe: Recipe) -> Iterator[str]:
@@ -72,54 +67,8 @@ def _require_device(options: MergeOptions) -> None:
 
 
 def _write_card(folder: Path, recipe: Recipe, merge: MergeConfiguration) -> None:
-    """What mergekit itself writes, and our table below it."""
-    card = _card(merge, recipe.text, folder.name)
-    if recipe.merge.merge_method == "dam":
-        header = open_coefficients(recipe.coefficients).header
-        card += "\n" + table.as_markdown(header) if header.results else ""
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    is_dam = recipe.merge.merge_method == "dam"
+    header = open_coefficients(recipe.coefficients).header if is_dam else None
+    text = card.of_merge(merge, recipe.text, folder.name, header)
+    (folder / "README.md").write_text(text, encoding="utf-8")
     (folder / MERGE_RECORD).write_text(recipe.text, encoding="utf-8")
-
-
-def _card(merge: MergeConfiguration, text: str, name: str) -> str:
-    """mergekit's card, made without a network: it asks the Hub about `folder/model` even where
-    that folder is here, but takes an absolute path for what it is."""
-    shown = {str(_absolute(model)): str(model) for model in merge.referenced_models()}
-    card = generate_card(
-        config=_CardConfig(
-            merge_method=merge.merge_method,
-            base_model=merge.base_model and _absolute(merge.base_model),
-            models=[_absolute(model) for model in merge.referenced_models()],
-        ),
-        config_yaml=CONFIG_PLACE,
-        name=name,
-    )
-    for absolute in sorted(shown, key=len, reverse=True):
-        card = card.replace(_as_markdown(absolute), _as_markdown(shown[absolute]))
-    return card.replace(CONFIG_PLACE, text)
-
-
-@dataclass(frozen=True)
-class _CardConfig:
-    """What mergekit's card reads of a config."""
-
-    merge_method: str
-    base_model: ModelReference | None
-    models: list[ModelReference]
-
-    def referenced_models(self) -> list[ModelReference]:
-        return self.models
-
-
-def _absolute(model: ModelReference) -> ModelReference:
-    def local(part: ModelPath | None) -> ModelPath | None:
-        if part is None or not os.path.exists(part.path):
-            return part
-        return part.model_copy(update={"path": os.path.abspath(part.path)})
-
-    return model.model_copy(update={"model": local(model.model), "lora": local(model.lora)})
-
-
-def _as_markdown(reference: str) -> str:
-    """A model and its adapter, as the card writes them."""
-    return reference.replace("+", " + ")

@@ -1,5 +1,6 @@
 """The closing table: each source, the plain average and the fit, on held-out rows."""
 
+import html
 from collections.abc import Sequence
 
 from mergekit_dam.coefficients import Figures, Header
@@ -66,7 +67,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 def as_markdown(header: Header) -> str:
     """The section that `run` adds to mergekit's model card."""
     lines = [COLUMNS, tuple(["---"] + ["---:"] * (len(COLUMNS) - 1)), *rows(header)]
-    table = "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+    table = "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
     return (
         "## Held-out results\n\n"
         "KL divergence to each source (nats a token) and perplexity, on rows of that source's "
@@ -76,5 +77,6 @@ def as_markdown(header: Header) -> str:
     )
 
 
-def _escape(cell: str) -> str:
-    return cell.replace("|", "\\|")
+def cell(text: str) -> str:
+    """Text for a cell of a Markdown table, which may hold anything."""
+    return html.escape(" ".join(text.split()), quote=False).replace("|", "\\|")

@@ -369,3 +369,10 @@ def test_a_merge_killed_at_any_moment_leaves_no_half_model(config, tmp_path, del
         run("mergekit-dam", "merge", config, out, "--quiet")
         tiny.load(out)
     assert not list(tmp_path.glob(".out.partial-*"))
+
+
+def test_folders_with_spaces(recipe, tmp_path):
+    """As in `My Drive`."""
+    models = tiny.save_models(tmp_path / "my models", tiny.CONFIGS["llama"], 2)
+    run("mergekit-dam", "run", recipe(models), tmp_path / "my merge", "--quiet")
+    tiny.load(tmp_path / "my merge")

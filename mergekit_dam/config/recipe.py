@@ -36,7 +36,7 @@ class Recipe:
     @property
     def mergekit_part(self) -> dict[str, Any]:
         """mergekit's own keys, without the path of the coefficients."""
-        fields = self.merge.model_dump(mode="json", exclude_defaults=True)
+        fields = _plain(self.merge)
         fields.get("parameters", {}).pop("coefficients", None)
         return fields
 
@@ -88,6 +88,20 @@ def parse_document(path: str, document: dict, text: str) -> Recipe:
     if merge is None:
         raise DamError(f"{path}: " + "; ".join(problems) + ".")
     return Recipe(path, text, merge, settings, tuple(dict.fromkeys(problems)))
+
+
+def _plain(value: Any) -> Any:
+    """Of a part of mergekit's config, what YAML and JSON take. mergekit's own dump goes round in
+    circles over a path with a space."""
+    if isinstance(value, ModelReference) and value.override_architecture is None:
+        return str(value)
+    if isinstance(value, pydantic.BaseModel):
+        return {name: _plain(v) for name, v in value if v != type(value).model_fields[name].default}
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
 
 
 def _without_block(document: Mapping) -> dict:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mergekit_dam.coefficients import Header
-from mergekit_dam.config import Recipe
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
@@ -22,14 +21,12 @@ RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
 
 
-def identity(recipe: Recipe, header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
+def identity(header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
     """All that must be the same for two fits to be one."""
-    merge = recipe.merge.model_dump(mode="json", exclude_none=True)
-    merge.get("parameters", {}).pop("coefficients", None)
     settings = {key: value for key, value in header.settings.items() if key not in HOW}
     same = {
         **{f"dam.{key}": value for key, value in settings.items()},
-        **merge,
+        **header.merge,
         "contents of the sources": [source.model_dump() for source in header.sources],
         "contents of the base": header.base and header.base.model_dump(),
         "rows of the data": [rows.digest() for rows in data],

@@ -156,7 +156,7 @@ def prepare(
     if choice and not options.quiet and is_main_process():
         click.echo(choice, err=True)
     header = _header(recipe, plan, preparation)
-    same = identity(recipe, header, data)
+    same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
     return Fit(settings, plan, merged, data, same, header)
 
