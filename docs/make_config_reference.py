@@ -149,9 +149,10 @@ dam:
 - **Device.** `fit` and `run` fit on a GPU where torch sees one, else on the CPU; `--device cpu` or
   `--device cuda` decides. Merging is mergekit's and stays on the CPU unless `--cuda` or `--device`
   is given.
-- **Memory.** The fit holds all sources' weights on its device (on the CPU they stay the
-  memory-mapped files), the merged weights of one block at a time, and the activations of a step.
-  `mergekit-dam check` estimates them.
+- **Memory.** The fit holds the merged weights of one block at a time and the activations of a step
+  (`dam.recompute`), and the sources' weights on its device, in host memory or in their files
+  (`dam.offload`; on the CPU the files are memory-mapped anyway). What `auto` chose is printed where
+  it matters. `mergekit-dam check` estimates the memory.
 - **`dtype`, `out_dtype`** are mergekit's: what the sources are cast to, and what the merge is
   saved in. The fit rounds every merged weight as the merge will.
 - **`dam.compute_dtype`** is the dtype of the fit's forward and backward passes. There is no loss
@@ -164,8 +165,8 @@ dam:
 
 Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE.fit/`, where FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
-or a row of data has changed, `report_to` and `recompute` excepted. The folder is removed when the
-fit is done.
+or a row of data has changed, `report_to`, `recompute` and `offload` excepted. The folder is removed
+when the fit is done.
 
 ## Logs
 

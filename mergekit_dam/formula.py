@@ -9,7 +9,7 @@ For one output tensor with sources W_1..W_N, each of shape S, and coefficients c
 The fit and the merge both call `combine`, so the two cannot drift apart.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -55,15 +55,18 @@ def combine(
     dtype: torch.dtype | None = None,
     *,
     prepared: bool = False,
+    again: Callable[[], tuple[Sequence[Tensor], Tensor | None]] | None = None,
 ) -> Tensor:  # S
     """base + Σ_i c_i * (W_i - base), accumulated in float32 (float64 for float64 sources).
 
     Returned in `dtype`, by default the sources'. Differentiable in `coefficients` alone.
-    With `prepared`, `sources` are the D_i themselves: sparsified task vectors.
+    With `prepared`, `sources` are the D_i themselves: sparsified task vectors. `again` gives the
+    sources and what is subtracted from them to the backward pass; without it they are kept.
     """
     if len(coefficients) != len(sources):
         raise ValueError(f"{len(coefficients)} coefficients for {len(sources)} sources")
-    return _Combine.apply(coefficients, base, dtype or sources[0].dtype, prepared, *sources)
+    dtype = dtype or sources[0].dtype
+    return _Combine.apply(coefficients, base, dtype, prepared, again, *sources)
 
 
 def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
@@ -77,13 +80,13 @@ def _difference(source: Tensor, base: Tensor | None) -> Tensor:  # D_i, S
 
 
 class _Combine(torch.autograd.Function):
-    """Keeps references to the sources and none of the products c_i * D_i, whose storage
-    would be N times the weights: the gradient needs the D_i alone."""
+    """Keeps references to the sources, or to where they are, and none of the products c_i * D_i,
+    whose storage would be N times the weights: the gradient needs the D_i alone."""
 
     @staticmethod
-    def forward(ctx, coefficients, base, dtype, prepared, *sources):
-        ctx.subtracted = None if prepared else base
-        ctx.sources, ctx.shape = sources, coefficients.shape
+    def forward(ctx, coefficients, base, dtype, prepared, again, *sources):
+        kept = sources, None if prepared else base
+        ctx.again, ctx.shape = again or (lambda: kept), coefficients.shape
         merged = torch.empty_like(sources[0], dtype=dtype)
         for part in _parts(merged):
             _combine_part(
@@ -98,17 +101,18 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
-        accumulator = _accumulator(ctx.sources)
+        sources, subtracted = ctx.again()
+        accumulator = _accumulator(sources)
         gradients = torch.zeros(ctx.shape, dtype=accumulator, device=gradient.device)
         for part in _parts(gradient):
             outer = _cut(gradient, part).to(accumulator)
-            base = None if ctx.subtracted is None else _cut(ctx.subtracted, part)
+            base = None if subtracted is None else _cut(subtracted, part)
             product = torch.empty_like(outer)
-            for total, source in zip(gradients, ctx.sources, strict=True):
+            for total, source in zip(gradients, sources, strict=True):
                 torch.mul(outer, _difference(_cut(source, part), base), out=product)
                 total = _cut(total, part)
                 total += product.sum_to_size(total.shape)
-        return gradients.float(), None, None, None, *(None for _ in ctx.sources)
+        return gradients.float(), *(None for _ in range(4 + len(sources)))
 
 
 def _combine_part(

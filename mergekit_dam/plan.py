@@ -87,7 +87,9 @@ class Plan:
             return None
         return self.vocabulary.known(source)
 
-    def load(self, names: Iterable[str]) -> Iterator[tuple[str, dict[ModelReference, Tensor]]]:
+    def load(
+        self, names: Iterable[str], *, quiet: bool | None = None
+    ) -> Iterator[tuple[str, dict[ModelReference, Tensor]]]:
         """The inputs of some output tensors, on the CPU, in mergekit's order of reading."""
         by_task: dict[Task, str] = {self.tensors[name].gather: name for name in names}
         universe = TaskUniverse(by_task)
@@ -97,7 +99,8 @@ class Plan:
             cached[handle] = self.vocabulary.info
         targets = [universe.get_handle(task) for task in by_task]
         executor = Executor(targets, "cpu", "cpu", cached_values=cached)
-        read = executor.run(quiet=self.options.quiet, desc="Reading sources")
+        quiet = self.options.quiet if quiet is None else quiet
+        read = executor.run(quiet=quiet, desc="Reading sources")
         while True:
             try:
                 task, inputs = next(read)

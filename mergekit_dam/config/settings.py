@@ -220,6 +220,12 @@ class Settings(_Block):
         "or nothing; the gradients are the same; auto: the fastest that fits into half of the "
         "free memory",
     )
+    offload: Literal["auto", "none", "cpu", "disk"] = Field(
+        "auto",
+        description="where the sources' weights live between their uses: on the device (`none`), "
+        "in host memory beside a GPU (`cpu`), or in the checkpoints' files (`disk`); the result "
+        "is the same; auto: the first of these that fits",
+    )
     checkpoint_every: int = Field(50, ge=1, description="steps between checkpoints")
     evaluate_every: int | None = Field(
         None,

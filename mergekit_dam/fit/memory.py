@@ -9,10 +9,14 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import Settings
 from mergekit_dam.data import SourceData
-from mergekit_dam.model import Recompute, Skeleton
+from mergekit_dam.errors import DamError
+from mergekit_dam.model import Offload, Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.plan import Plan
 
-SHARE = 0.5  # of the free memory that activations may take, by the choice of `auto`
+# What `auto` lets take of the free memory: a step, and the sources.
+STEP = 0.5
+SOURCES = 0.7
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,56 @@ def choose_recompute(settings: Settings, found: Needs, free: int) -> tuple[Recom
     """The fastest way that fits, and a sentence about it. All ways give the same gradients."""
     if settings.recompute != "auto":
         return settings.recompute, ""
-    limit = SHARE * free
+    limit = STEP * free
     modes: tuple[Recompute, ...] = ("none", "weights", "block")
     mode = next((m for m in modes if found.of(m) <= limit), "block")
     return mode, (
         f"recompute: {mode}, with about {size(found.of(mode))} for a step, of {size(free)} free "
         "beside the sources"
+    )
+
+
+def choose_offload(
+    settings: Settings, device: str, sources: int, free: int, host: int
+) -> tuple[Offload, str]:
+    """Where the sources' weights live, and a sentence about it. The results are the same.
+
+    `sources` are their bytes; `free` those of the device and `host` those of the machine's memory.
+    """
+    if settings.offload != "auto":
+        return settings.offload, ""
+    if sources <= SOURCES * free:
+        return "none", ""
+    where = "GPU" if torch.device(device).type == "cuda" else "memory"
+    told = f"the sources take {size(sources)}, of {size(free)} free in the {where}"
+    if where == "GPU" and sources <= SOURCES * host:
+        return "cpu", f"offload: cpu, since {told}; {size(host)} are free in host memory"
+    return "disk", f"offload: disk, since {told}"
+
+
+def size_of_sources(plan: Plan, settings: Settings) -> int:
+    """Bytes of all that the fit would hold."""
+    total, is_sparse = 0, settings.sparsify != "task_arithmetic"
+    models = {*plan.sources, plan.base if settings.formula == "task_vectors" else None}
+    for _, inputs in plan.load(plan.tensors, quiet=True):
+        for tensor in (tensor for model, tensor in inputs.items() if model in models):
+            total += tensor.nbytes + (4 * tensor.numel() if is_sparse else 0)
+    return total
+
+
+def require_memory(needed: int, free: int, settings: Settings, device: str) -> None:
+    """Raises DamError for a step that cannot fit, before anything is computed."""
+    if needed <= free:
+        return
+    remedies = {
+        "`dam.recompute: block`": settings.recompute not in ("auto", "block"),
+        "`dam.offload: cpu`": settings.offload == "none" and torch.device(device).type == "cuda",
+        "a smaller `dam.batch_size` or `dam.max_length`": True,
+    }
+    remedy = next(setting for setting, helps in remedies.items() if helps)
+    raise DamError(
+        f"A step needs about {size(needed)} of memory beside the sources, and {size(free)} are "
+        f"free on {device}: set {remedy}."
     )
 
 

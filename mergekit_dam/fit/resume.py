@@ -15,7 +15,7 @@ from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 
-HOW = ("report_to", "recompute")  # settings that change no result
+HOW = ("report_to", "recompute", "offload")  # settings that change no result
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done

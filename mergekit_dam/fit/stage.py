@@ -21,14 +21,22 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.memory import choose_recompute, free_memory, longest_step, needs
+from mergekit_dam.fit.memory import (
+    choose_offload,
+    choose_recompute,
+    free_memory,
+    longest_step,
+    needs,
+    require_memory,
+    size_of_sources,
+)
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpoint, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
 from mergekit_dam.fit.watch import Watch, watched
-from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
+from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
 from mergekit_dam.sources import describe
 from mergekit_dam.task_vectors import Preparation
@@ -124,11 +132,20 @@ def prepare(
     if data is None:
         data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
+    offload, told = choose_offload(
+        settings,
+        device,
+        size_of_sources(plan, settings) if settings.offload == "auto" else 0,
+        free_memory(device),
+        free_memory("cpu"),
+    )
+    _say(told, options)
     weights = SourceWeights(
         plan,
         needs_base=settings.formula == "task_vectors",
         preparation=preparation,
         device=device,
+        offload=offload,
     )
     dtype = choose_dtype(settings, weights, device)
     skeleton = build_skeleton(
@@ -150,35 +167,45 @@ def prepare(
         start(plan, skeleton, weights, settings),
         trained_tensors(skeleton, settings),
         dtype,
-        own_models(recipe, plan, dtype, device),
+        own_models(recipe, plan, dtype, device, offload),
     ).to(device)
-    merged.recompute, choice = choose_recompute(settings, found, free_memory(device))
-    if choice and not options.quiet and is_main_process():
-        click.echo(choice, err=True)
+    merged.recompute, told = choose_recompute(settings, found, free_memory(device))
+    require_memory(found.of(merged.recompute), free_memory(device), settings, device)
+    _say(told, options)
     header = _header(recipe, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
     return Fit(settings, plan, merged, data, same, header)
 
 
+def _say(sentence: str, options: MergeOptions) -> None:
+    if sentence and not options.quiet and is_main_process():
+        click.echo(sentence, err=True)
+
+
 def own_models(
-    recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str
+    recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str, offload: Offload = "none"
 ) -> dict[int, MergedModel]:
     """The sources that the merge's skeleton cannot speak for (layers cut out, repeated or
     stacked): each the whole model as it is."""
     return {
-        number: own_model(source, recipe, plan, dtype, device)
+        number: own_model(source, recipe, plan, dtype, device, offload)
         for number, source in enumerate(plan.sources)
         if not plan.is_whole(source)
     }
 
 
 def own_model(
-    model: ModelReference, recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str
+    model: ModelReference,
+    recipe: Recipe,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: str,
+    offload: Offload = "none",
 ) -> MergedModel:
     """A model as it is, over the merge's vocabulary; it speaks as source number 0."""
     own = plan_source(plan, model, recipe.merge)
-    weights = SourceWeights(own, needs_base=False, device=device)
+    weights = SourceWeights(own, needs_base=False, device=device, offload=offload)
     skeleton = build_skeleton(
         own.model_config,
         frozenset(weights.names()),

@@ -35,6 +35,11 @@ class Block(nn.Module):
         except AttributeError:  # models ask their layers for attributes, such as attention_type
             return getattr(super().__getattr__("block"), name)
 
+    def names(self) -> list[str]:
+        """The output tensors that its weights are made of."""
+        assembled = (name for assembly in self._assemblies for name in assembly.names)
+        return [*self.tensors.values(), *assembled]
+
     def forward(self, *args, **kwargs):
         return self._call(self, args, kwargs)
 

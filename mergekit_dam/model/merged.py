@@ -53,6 +53,7 @@ class MergedModel(nn.Module):
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
         self._split = Split(self.model)
+        weights.group(m.names() for m in self.model.modules() if isinstance(m, Block))
 
     @property
     def model(self) -> nn.Module:
@@ -97,7 +98,8 @@ class MergedModel(nn.Module):
         """(source, output tensor) of the first weight that is NaN or infinite."""
         for name in self._weights.names():
             stack = self._weights[name]
-            for row, source in zip(stack.rows, stack.sources, strict=True):
+            for row in stack.rows:
+                source = stack.source(row)
                 if not torch.isfinite(source).all():
                     return row, name
         return None
@@ -209,9 +211,10 @@ class MergedModel(nn.Module):
             return self._given(name).to(self.device, self._dtype)
         stack = self._weights[name]
         if self._view == "average":
-            share = torch.full((len(stack.rows), *[1] * len(stack.shape)), 1 / len(stack.rows))
-            share = share.to(stack.sources[0].device)
-            return combine(share, stack.sources, dtype=stack.dtype).to(self._dtype)
+            sources = stack.sources
+            share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
+            share = share.to(sources[0].device)
+            return combine(share, sources, dtype=stack.dtype).to(self._dtype)
         weight = stack.source(self._view)
         if weight is None:
             raise DamError(

@@ -1,7 +1,7 @@
-"""The sources' weights, gathered by mergekit, held on one device."""
+"""The sources' weights, gathered by mergekit."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -10,41 +10,54 @@ from torch import Tensor
 from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine
+from mergekit_dam.model.offload import STORES, Inputs, Offload
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
 
 
 @dataclass(frozen=True)
 class Stack:
-    """The inputs of one output tensor, each of shape S."""
+    """One output tensor: what is known of it, and its inputs, wherever they are."""
 
-    sources: tuple[Tensor, ...]  # of the sources that have this tensor
-    rows: tuple[int, ...]  # those sources' rows in the coefficients
-    base: Tensor | None  # of task vectors
-    prepared: tuple[Tensor, ...] | None  # the D_i, where they are sparsified
+    rows: tuple[int, ...]  # in the coefficients, of the sources that have this tensor
+    shape: torch.Size
     dtype: torch.dtype  # in which the merge writes the result
+    load: Callable[[], Inputs]  # to the device
+    load_source: Callable[[int], Tensor]  # one of them alone
 
     @property
-    def shape(self) -> torch.Size:
-        return self.sources[0].shape
+    def sources(self) -> tuple[Tensor, ...]:
+        return self.load().sources
+
+    @property
+    def prepared(self) -> tuple[Tensor, ...] | None:
+        return self.load().prepared
 
     @property
     def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What the coefficients scale, and what is to be subtracted from it before."""
-        return (self.sources, self.base) if self.prepared is None else (self.prepared, None)
+        inputs = self.load()
+        return (inputs.sources, inputs.base) if inputs.prepared is None else (inputs.prepared, None)
 
     def merge(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """The formula for coefficients [n, *B] of the n sources here."""
-        parts, _ = self.parts
-        return combine(coefficients, parts, self.base, dtype, prepared=self.prepared is not None)
+        inputs = self.load()
+        return combine(
+            coefficients,
+            inputs.sources if inputs.prepared is None else inputs.prepared,
+            inputs.base,
+            dtype,
+            prepared=inputs.prepared is not None,
+            again=lambda: self.parts,
+        )
 
     def source(self, row: int) -> Tensor | None:
         """The tensor of one source, None where it has none."""
-        return self.sources[self.rows.index(row)] if row in self.rows else None
+        return self.load_source(self.rows.index(row)) if row in self.rows else None
 
 
 class SourceWeights:
-    """All stacks of a plan. On the CPU they stay the memory-mapped files of the checkpoints."""
+    """All stacks of a plan."""
 
     def __init__(
         self,
@@ -53,37 +66,60 @@ class SourceWeights:
         needs_base: bool,
         preparation: Preparation | None = None,
         device: torch.device | str = "cpu",
+        offload: Offload = "none",
     ):
-        self._preparation = preparation
+        self._plan, self._needs_base, self._preparation = plan, needs_base, preparation
+        self._store = STORES[offload](torch.device(device), self._read)
         self._stacks: dict[str, Stack] = {}
         self.buffers: dict[str, Tensor] = {}  # integer tensors, which are copied, not merged
         for name, inputs in plan.load(plan.tensors):
-            self._add(plan, plan.tensors[name], inputs, needs_base, device)
+            self._add(plan.tensors[name], inputs)
 
-    def _add(self, plan: Plan, output: OutputTensor, inputs: dict, needs_base: bool, device):
-        tensors = {model: tensor.to(device) for model, tensor in inputs.items()}
-        rows = tuple(row for row, model in enumerate(plan.sources) if model in tensors)
+    def _add(self, output: OutputTensor, tensors: dict) -> None:
+        name, rows = output.name, self._rows(tensors)
         if not rows:  # only a base outside the sources has it; the merge keeps the base's
             return
-        sources = tuple(tensors[plan.sources[row]] for row in rows)
-        _require_one_shape(output.name, plan, tensors)
-        if not sources[0].is_floating_point():
-            self.buffers[output.name] = sources[0]
+        first = tensors[self._plan.sources[rows[0]]]
+        _require_one_shape(name, self._plan, tensors)
+        if not first.is_floating_point():
+            self.buffers[name] = first
             return
-        base = tensors.get(plan.base) if needs_base else None
-        if needs_base and base is None:
+        if self._needs_base and self._plan.base not in tensors:
             raise DamError(
-                f"The base model {plan.base} has no tensor {output.name}, which "
+                f"The base model {self._plan.base} has no tensor {name}, which "
                 "`formula: task_vectors` subtracts: use `formula: weights`."
             )
-        prepared = None
+        self._store.put(name, lambda: self._inputs(name, tensors))
+        self._stacks[name] = Stack(
+            rows=rows,
+            shape=first.shape,
+            dtype=output.out_dtype or _promoted(tensors),
+            load=functools.partial(self._store.get, name),
+            load_source=functools.partial(self._store.source, name),
+        )
+
+    def _rows(self, tensors: dict) -> tuple[int, ...]:
+        return tuple(row for row, model in enumerate(self._plan.sources) if model in tensors)
+
+    def _inputs(self, name: str, tensors: dict) -> Inputs:
+        """Of what mergekit has gathered for an output tensor."""
+        rows = self._rows(tensors)
+        sources = tuple(tensors[self._plan.sources[row]] for row in rows)
+        base, prepared = tensors.get(self._plan.base) if self._needs_base else None, None
         if self._preparation is not None:
             aligned = [source.to(_promoted(tensors)) for source in sources]
             prepared = tuple(
-                prepare(output.name, aligned, rows, base.to(aligned[0].dtype), self._preparation)
+                prepare(name, aligned, rows, base.to(aligned[0].dtype), self._preparation)
             )
-        dtype = output.out_dtype or _promoted(tensors)
-        self._stacks[output.name] = Stack(sources, rows, base, prepared, dtype)
+        return Inputs(sources, base, prepared)
+
+    def _read(self, names: Collection[str]) -> dict[str, Inputs]:
+        gathered = self._plan.load(names, quiet=True)
+        return {name: self._inputs(name, tensors) for name, tensors in gathered}
+
+    def group(self, groups: Iterable[Collection[str]]) -> None:
+        """Which output tensors are needed together, so that they are read together."""
+        self._store.group([[name for name in names if name in self] for names in groups])
 
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]

@@ -1,0 +1,166 @@
+"""Where the sources' weights live while the fit does not compute with them.
+
+`Held`: on the device. `OnDisk`: in the checkpoints' files, from which a block's tensors are
+gathered each time it needs them. `InHostMemory`: beside the GPU, from where a block's tensors are
+copied, those of the next block while this one computes. What is computed is the same.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Offload = Literal["none", "cpu", "disk"]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The tensors of one output tensor, each of shape S."""
+
+    sources: tuple[Tensor, ...]  # of the sources that have this tensor
+    base: Tensor | None  # of task vectors
+    prepared: tuple[Tensor, ...] | None  # the D_i, where they are sparsified
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
+        return Inputs(
+            tuple(map(change, self.sources)),
+            None if self.base is None else change(self.base),
+            None if self.prepared is None else tuple(map(change, self.prepared)),
+        )
+
+
+Read = Callable[[Collection[str]], Mapping[str, Inputs]]
+
+
+class Held:
+    """All on the device. On the CPU they stay the memory-mapped files of the checkpoints."""
+
+    def __init__(self, device: torch.device, read: Read):
+        self._device, self._inputs = device, {}
+
+    def put(self, name: str, inputs: Callable[[], Inputs]) -> None:
+        self._inputs[name] = inputs().each(lambda tensor: tensor.to(self._device))
+
+    def group(self, groups: Iterable[Collection[str]]) -> None:
+        """Which tensors are needed together."""
+
+    def get(self, name: str) -> Inputs:
+        return self._inputs[name]
+
+    def source(self, name: str, index: int) -> Tensor:
+        """One source's alone, by its place in `Inputs.sources`."""
+        return self._inputs[name].sources[index]
+
+
+class OnDisk:
+    """Nothing is kept but the tensors of the block that was asked for last."""
+
+    def __init__(self, device: torch.device, read: Read):
+        self._device, self._read = device, read
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._present: Mapping[str, Inputs] = {}
+
+    def put(self, name: str, inputs: Callable[[], Inputs]) -> None:
+        self._groups[name] = (name,)
+
+    def group(self, groups: Iterable[Collection[str]]) -> None:
+        for names in map(tuple, groups):
+            self._groups |= dict.fromkeys(names, names)
+
+    def _gathered(self, name: str) -> Inputs:
+        if name not in self._present:
+            self._present = {}  # before the next are read
+            self._present = self._read(self._groups[name])
+        return self._present[name]
+
+    def get(self, name: str) -> Inputs:
+        return self._gathered(name).each(lambda tensor: tensor.to(self._device))
+
+    def source(self, name: str, index: int) -> Tensor:
+        return self._gathered(name).sources[index].to(self._device)
+
+
+Wanted = tuple[tuple[str, ...], int | None]  # a block's tensors; of one source, or of all
+
+
+class InHostMemory:
+    """All in pinned memory; a block's and the next block's on the device.
+
+    Which block comes next is what came next the last time after the same two blocks: steps repeat
+    themselves, forwards for the merge and each teacher and backwards.
+    """
+
+    def __init__(self, device: torch.device, read: Read):
+        self._device, self._inputs = device, {}
+        self._groups: dict[str, tuple[str, ...]] = {}
+        self._is_cuda = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._is_cuda else None
+        self._last: tuple[Wanted | None, Wanted | None] = (None, None)
+        self._followed: dict[tuple[Wanted | None, Wanted | None], Wanted] = {}
+        self._copies: dict[Wanted, _Copy] = {}
+
+    def put(self, name: str, inputs: Callable[[], Inputs]) -> None:
+        pin = Tensor.pin_memory if self._is_cuda else (lambda tensor: tensor)
+        self._inputs[name], self._groups[name] = inputs().each(pin), (name,)
+
+    def group(self, groups: Iterable[Collection[str]]) -> None:
+        for names in map(tuple, groups):
+            self._groups |= dict.fromkeys(names, names)
+
+    def get(self, name: str) -> Inputs:
+        return self._on_device((self._groups[name], None))[name]
+
+    def source(self, name: str, index: int) -> Tensor:
+        return self._on_device((self._groups[name], index))[name].sources[0]
+
+    def _on_device(self, wanted: Wanted) -> Mapping[str, Inputs]:
+        if wanted != self._last[1]:
+            self._followed[self._last] = wanted
+            self._last = (self._last[1], wanted)
+            following = self._followed.get(self._last)
+            self._copies = {
+                key: self._copies.get(key) or self._copy(key)
+                for key in (wanted, following)
+                if key is not None
+            }
+        return self._copies[wanted].wait()
+
+    def _copy(self, wanted: Wanted) -> "_Copy":
+        names, index = wanted
+        chosen = {name: self._inputs[name] for name in names}
+        if index is not None:
+            chosen = {
+                name: Inputs(own.sources[index : index + 1], None, None)
+                for name, own in chosen.items()
+                if index < len(own.sources)
+            }
+        return _Copy(chosen, self._device, self._stream)
+
+
+class _Copy:
+    """Tensors on their way to a GPU, on a stream of their own."""
+
+    def __init__(self, chosen: Mapping[str, Inputs], device: torch.device, stream):
+        self._arrived = None
+        with torch.cuda.stream(stream):  # without a GPU this does nothing
+            self._inputs = {
+                name: own.each(lambda tensor: tensor.to(device, non_blocking=True))
+                for name, own in chosen.items()
+            }
+            if stream is not None:
+                self._arrived = stream.record_event()
+
+    def wait(self) -> Mapping[str, Inputs]:
+        """For the tensors, on the stream that computes with them."""
+        if self._arrived is not None:
+            computing = torch.cuda.current_stream()
+            computing.wait_event(self._arrived)
+            for own in self._inputs.values():
+                own.each(lambda tensor: tensor.record_stream(computing) or tensor)
+            self._arrived = None
+        return self._inputs
+
+
+STORES = {"none": Held, "cpu": InHostMemory, "disk": OnDisk}

@@ -1,0 +1,132 @@
+"""Where the sources live changes no bit of the result, and what is kept is what it says."""
+
+import pytest
+import tiny
+import torch
+from commands import refusal, run
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import Settings, read_recipe
+from mergekit_dam.fit import fit, memory
+from mergekit_dam.fit.memory import choose_offload
+from mergekit_dam.fit.stage import prepare
+from mergekit_dam.model import Block
+from mergekit_dam.model.offload import InHostMemory
+
+QUIET = MergeOptions(quiet=True)
+GB = 10**9
+
+
+@pytest.mark.parametrize(
+    "name, dtype, dam",
+    [
+        ("llama", "float32", {}),
+        ("llama_tied", "bfloat16", {"recompute": "weights"}),
+        ("mixtral", "float32", {"recompute": "none"}),
+        ("qwen2", "bfloat16", {"formula": "task_vectors"}),
+        ("llama", "float32", {"formula": "task_vectors", "sparsify": "dare_ties"}),
+    ],
+)
+def test_the_result_is_the_same_to_the_last_bit(recipe, tmp_path, name, dtype, dam):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 3)
+    keys = {"base_model": str(models[2]), "dtype": dtype}
+    files = []
+    for offload in ("none", "cpu", "disk"):
+        path = str(recipe(models[:2], dam={**dam, "offload": offload}, **keys))
+        fit(read_recipe(path), str(tmp_path / f"{offload}.safetensors"), QUIET, device="cpu")
+        files.append(CoefficientFile(tmp_path / f"{offload}.safetensors"))
+    for file in files[1:]:
+        for tensor in files[0].names:
+            assert torch.equal(file.get(tensor), files[0].get(tensor)), tensor
+        assert file.header.results == files[0].header.results
+
+
+def test_from_disk_one_block_is_there_at_a_time(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path = str(recipe(models, dam={"offload": "disk"}))
+    merged = prepare(read_recipe(path), QUIET, device="cpu").merged
+    store, read = merged._weights._store, []
+    gather = store._read
+    monkeypatch.setattr(store, "_read", lambda names: read.append(names) or gather(names))
+    blocks = {tuple(m.names()) for m in merged.model.modules() if isinstance(m, Block)}
+    for mode, times in (("block", 2), ("weights", 2), ("none", 2)):
+        merged.recompute = mode
+        read.clear()
+        merged(tiny.tokens()).sum().backward()
+        assert set(read) == blocks
+        assert len(read) <= times * len(blocks)
+        assert set(store._present) in map(set, blocks)
+
+
+def test_the_next_block_is_fetched_beforehand(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path = str(recipe(models, dam={"offload": "cpu"}))
+    merged = prepare(read_recipe(path), QUIET, device="cpu").merged
+    store, copies = merged._weights._store, []
+    assert isinstance(store, InHostMemory)
+
+    def step() -> None:
+        merged(tiny.tokens()).sum().backward()
+        merged.teach(1, tiny.tokens())
+
+    for _ in range(2):
+        step()
+    copy = store._copy
+    monkeypatch.setattr(store, "_copy", lambda wanted: copies.append(wanted) or copy(wanted))
+    late = 0
+    on_device = store._on_device
+
+    def counting(wanted):
+        nonlocal late
+        late += wanted not in store._copies
+        return on_device(wanted)
+
+    monkeypatch.setattr(store, "_on_device", counting)
+    step()
+    assert late == 0
+    assert len(store._copies) <= 2
+    blocks = {tuple(m.names()) for m in merged.model.modules() if isinstance(m, Block)}
+    assert {names for names, _ in copies} == blocks
+    assert {index for _, index in copies} == {None, 1}  # a teacher needs no other's weights
+
+
+def test_auto_takes_the_first_that_fits_and_says_why():
+    settings = Settings(data=())
+    assert choose_offload(settings, "cpu", 10 * GB, 20 * GB, 20 * GB) == ("none", "")
+    mode, why = choose_offload(settings, "cuda", 42 * GB, 24 * GB, 64 * GB)
+    assert mode == "cpu"
+    assert "42 GB" in why and "24 GB" in why and "64 GB" in why
+    assert choose_offload(settings, "cuda", 42 * GB, 24 * GB, 48 * GB)[0] == "disk"
+    assert choose_offload(settings, "cpu", 42 * GB, 24 * GB, 24 * GB)[0] == "disk"
+    settings = Settings(data=(), offload="disk")
+    assert choose_offload(settings, "cuda", GB, 24 * GB, 48 * GB) == ("disk", "")
+
+
+def test_auto_is_told_on_the_command_line(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path = recipe(models)
+    monkeypatch.setattr(memory, "SOURCES", 1e-9)
+    told = run("mergekit-dam", "fit", path).stderr
+    assert "offload: disk" in told
+    assert "recompute: " in told
+    assert "offload" not in run("mergekit-dam", "fit", path, "--quiet").stderr
+
+
+def test_too_little_memory_is_told_before_the_first_step(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    monkeypatch.setattr(memory, "psutil", _Little)
+    path = recipe(models, dam={"recompute": "none", "offload": "none"})
+    message = refusal("mergekit-dam", "fit", path)
+    assert "20 KB" in message and "dam.recompute: block" in message
+    path = recipe(models, dam={"recompute": "block"})
+    assert "dam.batch_size" in refusal("mergekit-dam", "fit", path)
+
+
+class _Little:
+    @staticmethod
+    def virtual_memory():
+        class Memory:
+            available = 20_000
+
+        return Memory
