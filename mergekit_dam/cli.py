@@ -54,7 +54,7 @@ def _fit_device(options: MergeOptions) -> str:
 
 
 @merge_command
-@click.argument("config")
+@click.argument("config", type=click.Path())
 @click.option("--out", help="Coefficient file to write [default: parameters.coefficients].")
 @RESUME
 def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool) -> None:
@@ -71,8 +71,8 @@ def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool)
 
 
 @merge_command
-@click.argument("config")
-@click.argument("out")
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path())
 @OVERWRITE
 def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -> None:
     """Merge CONFIG into OUT as mergekit-yaml does, with fitted coefficients."""
@@ -83,8 +83,8 @@ def merge(merge_options: MergeOptions, config: str, out: str, overwrite: bool) -
 
 
 @merge_command
-@click.argument("config")
-@click.argument("out")
+@click.argument("config", type=click.Path())
+@click.argument("out", type=click.Path())
 @RESUME
 @OVERWRITE
 @INTERMEDIATE
@@ -116,7 +116,7 @@ def run(
 
 
 @merge_command
-@click.argument("config")
+@click.argument("config", type=click.Path())
 @INTERMEDIATE
 def check(merge_options: MergeOptions, config: str, intermediate_dir: str | None) -> None:
     """List the mistakes in CONFIG without loading weights, then what the fit will need.

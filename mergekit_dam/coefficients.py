@@ -11,7 +11,7 @@ import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import safetensors
@@ -25,6 +25,17 @@ from mergekit_dam.task_vectors import Preparation
 
 FORMAT_VERSION = 1
 METADATA_KEY = "mergekit_dam"
+LONGEST_NAME = 500
+
+
+def _require_printable(text: str) -> str:
+    """It will stand in a terminal, where control characters do more than stand."""
+    if not text.isprintable():
+        raise ValueError("it holds control characters")
+    return text
+
+
+Text = Annotated[str, pydantic.AfterValidator(_require_printable)]
 
 
 class Frozen(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -34,10 +45,10 @@ class Frozen(pydantic.BaseModel, frozen=True, extra="forbid"):
 class Source(Frozen):
     """One source model, as it was when the coefficients were fitted."""
 
-    reference: str  # as in the YAML: a path or a Hub name, `model+adapter` for a LoRA
-    revision: str | None = None
-    weights: str  # fingerprint.fingerprint
-    config: str | None = None
+    reference: Text  # as in the YAML: a path or a Hub name, `model+adapter` for a LoRA
+    revision: Text | None = None
+    weights: Text  # fingerprint.fingerprint
+    config: Text | None = None
 
 
 class Figures(Frozen):
@@ -80,7 +91,7 @@ class Header(Frozen):
     """The file's metadata."""
 
     version: int = FORMAT_VERSION
-    package: str  # the version of mergekit-dam that wrote the file
+    package: Text  # the version of mergekit-dam that wrote the file
     formula: Formula
     granularity: Literal["column", "row", "tensor", "element", "mixed"]  # mixed: see settings
     sources: tuple[Source, ...]  # in the order of the coefficients' first axis
@@ -89,12 +100,14 @@ class Header(Frozen):
     tokenizer: Any = None  # the YAML's `tokenizer` or `tokenizer_source`
     settings: dict[str, Any] = {}  # the fit's settings: the YAML's `dam:` block, resolved
     merge: dict[str, Any] = {}  # mergekit's part of the YAML, without `coefficients`
-    origin: str = "fit"  # or a sentence that tells of what else the file was made
+    origin: Text = "fit"  # or a sentence that tells of what else the file was made
     identity: str | None = None  # changes with whatever the fit depends on
     results: Results | None = None
 
     @pydantic.model_validator(mode="after")
     def _is_complete(self) -> "Header":
+        if not self.sources:
+            raise ValueError("it names no source")
         results = self.results
         for figures in (results.average, results.fit, *_kls(results)) if results else ():
             if len(figures) != len(self.sources):
@@ -147,6 +160,12 @@ def _earlier_names(path: Path) -> Iterator[Path]:
         yield path.with_suffix(f".previous-{number}{path.suffix}")
 
 
+def _short(text: Any) -> str:
+    """What a file says of itself, for a message: it may be long, and hold anything."""
+    shown = "".join(c if c.isprintable() else " " for c in str(text)[:200])
+    return " ".join(shown.split())
+
+
 class CoefficientFile:
     """Lazy reader; safe to use from several threads. Every refusal is a DamError."""
 
@@ -162,10 +181,17 @@ class CoefficientFile:
             self._file = safetensors.safe_open(self.path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
             raise DamError(
-                f"{path} is not a safetensors file ({error}): fit it again or download it again."
+                f"{path} is not a safetensors file ({_short(error)}): fit it again or download it "
+                "again."
             ) from None
         self.header = self._read_header(self._file.metadata() or {})
         self.names = frozenset(self._file.keys())
+        for name in self.names:
+            if not name.isprintable() or len(name) > LONGEST_NAME:
+                raise DamError(
+                    f"{path} holds a tensor with a name that no model has ({_short(name)}): fit it "
+                    "again or download it again."
+                )
 
     def _read_header(self, metadata: Mapping[str, str]) -> Header:
         if METADATA_KEY not in metadata:
@@ -178,15 +204,15 @@ class CoefficientFile:
             version = fields.get("version")
             if version != FORMAT_VERSION:
                 raise DamError(
-                    f"{self.path} has format version {version}; this mergekit-dam reads version "
-                    f"{FORMAT_VERSION}: update mergekit-dam, or fit the file again."
+                    f"{self.path} has format version {_short(version)}; this mergekit-dam reads "
+                    f"version {FORMAT_VERSION}: update mergekit-dam, or fit the file again."
                 )
             return Header.model_validate(fields)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            where = ".".join(map(str, first["loc"])) or "the header"
+            where = _short(".".join(map(str, first["loc"]))) or "the header"
             raise DamError(
-                f"{self.path} has damaged metadata ({where}: {first['msg']}): fit it again."
+                f"{self.path} has damaged metadata ({where}: {_short(first['msg'])}): fit it again."
             ) from None
 
     def __contains__(self, name: str) -> bool:
@@ -200,8 +226,14 @@ class CoefficientFile:
     def get(self, name: str) -> Tensor:
         """The coefficients [N, *B] of one output tensor, float32 on the CPU."""
         self._require(name)
-        with self._lock:
-            tensor = self._file.get_tensor(name)
+        try:
+            with self._lock:
+                tensor = self._file.get_tensor(name)
+        except Exception as error:  # whatever a header can lie about
+            raise DamError(
+                f"{self.path}: {name} cannot be read ({_short(error)}): fit it "
+                "again or download it again."
+            ) from None
         if tensor.dtype != torch.float32:
             raise DamError(f"{self.path}: {name} is {tensor.dtype}, not float32: fit it again.")
         if tensor.ndim == 0 or len(tensor) != len(self.header.sources):
@@ -209,6 +241,8 @@ class CoefficientFile:
                 f"{self.path}: {name} has shape {list(tensor.shape)}, which does not begin with "
                 f"the number of sources, {len(self.header.sources)}: fit it again."
             )
+        if not tensor.numel():
+            raise DamError(f"{self.path}: {name} holds no numbers: fit it again.")
         if not torch.isfinite(tensor).all():
             raise DamError(
                 f"{self.path}: {name} holds NaN or infinity: fit it again with a lower "

