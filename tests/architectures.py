@@ -1,6 +1,6 @@
 """Every architecture that mergekit describes, and some that it infers, as tiny checkpoints.
 
-`python tests/architectures.py` writes the table of docs/compatibility.md from the lists below;
+The table of docs/compatibility.md is made of the lists below (see compatibility.py);
 test_architectures.py asserts each of their lines.
 """
 
@@ -18,8 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PretrainedConfig
 
-PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
-HEADING = "## Architectures\n"
 GPT = {
     "vocab_size": tiny.VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64,
     "bos_token_id": 1, "eos_token_id": 2,
@@ -358,16 +356,3 @@ def _line(architecture: Architecture, known: str, fit: str) -> str:
         tensors = ", ".join(f"`{part.strip('.')}`" for part in architecture.untrained)
         remarks.append(f"keep the average: {tensors}")
     return f"| {architecture.name} | {known} | {fit} | {'; '.join(remarks)} |"
-
-
-def section(page: str) -> tuple[str, str, str]:
-    """The page before the table, the table, and what follows it."""
-    before, heading, rest = page.partition(HEADING)
-    introduction, start, rest = rest.partition("\n| architecture")
-    rows, end, after = f"{start}{rest}"[1:].partition("\n\n")
-    return before + heading + introduction + "\n", rows.rstrip("\n") + "\n", end[1:] + after
-
-
-if __name__ == "__main__":
-    before, _, after = section(PAGE.read_text(encoding="utf-8"))
-    PAGE.write_text(before + table() + after, encoding="utf-8")

@@ -11,6 +11,7 @@ import transformers
 import yaml
 from architectures import FITTED, NOT_CAUSAL, OWN_CODE, REFUSED, SEEING, Architecture
 from commands import refusal, run
+from compatibility import shows
 from mergekit.architecture.json_definitions import NAME_TO_ARCH
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -65,6 +66,11 @@ def expected_untrained(architecture: Architecture, names) -> set[str]:
     return set().union(*found.values())
 
 
+@shows(
+    "settings",
+    "tensors that no text reaches (vision)",
+    "keep the start: the plain average, none lost",
+)
 def test_a_vision_tower_is_averaged_and_none_of_it_is_lost(recipe, tmp_path):
     architecture = SEEING[0]
     models = save(architecture, tmp_path)
@@ -81,6 +87,11 @@ def test_a_vision_tower_is_averaged_and_none_of_it_is_lost(recipe, tmp_path):
         torch.testing.assert_close(merged[name], (sources[0][name] + sources[1][name]) / 2)
 
 
+@shows(
+    "settings",
+    "`weight` by filter for them",
+    "the rule by which they are merged: `weight: [{filter: visual, value: 1.0}, {value: 0.5}]`",
+)
 def test_the_config_states_the_rule_for_the_vision_part(recipe, tmp_path):
     """Weights by filter: all of the first model's sight, and the average elsewhere."""
     architecture = SEEING[0]
@@ -107,6 +118,7 @@ def in_modules(path: Path, modules: list[str]) -> Path:
     return path
 
 
+@shows("settings", "`modules` of a model that sees", "all of them; the same bytes as `models`")
 def test_modules_of_a_model_with_several_parts(recipe, tmp_path):
     architecture = SEEING[0]
     models = save(architecture, tmp_path)
@@ -220,8 +232,3 @@ def test_every_causal_architecture_that_mergekit_describes_has_its_line():
     other = ("Bert", "DistilBert", "Roberta", "T5", "Whisper", "_Afmoe", "LLaMa")  # an old name
     missing = {n for n in NAME_TO_ARCH if n not in lines and not n.startswith(other)}
     assert not {n for n in missing if "Classification" not in n}
-
-
-def test_the_page_shows_the_table():
-    _, table, _ = architectures.section(architectures.PAGE.read_text(encoding="utf-8"))
-    assert table == architectures.table(), "run: python tests/architectures.py"

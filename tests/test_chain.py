@@ -9,6 +9,7 @@ import tiny
 import transformers
 import yaml
 from commands import refusal, run
+from compatibility import shows
 from safetensors.torch import load_file, save_file
 
 from mergekit_dam.coefficients import CoefficientFile, save
@@ -65,6 +66,11 @@ def write(tmp_path: Path, chain: list[dict]) -> Path:
     return path
 
 
+@shows(
+    "commands",
+    "`mergekit-dam run` on a chain of merges",
+    "fits each `dam` step when its inputs exist; `mergekit-multi` then makes the same of the file",
+)
 def test_run_fits_each_step_when_its_inputs_exist(chain, tmp_path):
     path, out = write(tmp_path, chain), tmp_path / "out"
     run("mergekit-dam", "run", path, out)
@@ -79,6 +85,7 @@ def test_run_fits_each_step_when_its_inputs_exist(chain, tmp_path):
     assert all(ours[name].equal(tensor) for name, tensor in stock.items())
 
 
+@shows("commands", "the same again", "intermediate merges are kept")
 def test_intermediate_merges_are_not_made_again(chain, tmp_path):
     path = write(tmp_path, chain)
     run("mergekit-dam", "run", path, tmp_path / "a", "-I", tmp_path / "steps", "--quiet")
@@ -137,6 +144,9 @@ def test_a_step_of_another_config_is_not_taken(chain, tmp_path):
     assert "--intermediate-dir" in message
 
 
+@shows(
+    "commands", "the same with inputs that have changed", "refused, with the input and the remedy"
+)
 @pytest.mark.parametrize("changed", ["source", "source's config", "base", "intermediate", "data"])
 def test_a_step_whose_inputs_have_changed_is_not_taken(chain, models, tmp_path, changed):
     own = [Path(shutil.copytree(model, tmp_path / f"own{n}")) for n, model in enumerate(models)]
@@ -179,6 +189,11 @@ def test_a_step_merged_with_other_coefficients_is_not_taken(chain, tmp_path):
     assert f"{steps}/first was merged with other coefficients" in message
 
 
+@shows(
+    "commands",
+    "`mergekit-dam check` on a chain of merges",
+    "every step, as far as its inputs are there",
+)
 def test_check_takes_a_chain(chain, tmp_path):
     path, steps = write(tmp_path, chain), tmp_path / "steps"
     before = sorted(tmp_path.iterdir())

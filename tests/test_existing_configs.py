@@ -1,6 +1,5 @@
 """Configs of mergekit's own methods in which the method's name, and no parameter, changes."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,8 @@ import tiny
 import torch
 import yaml
 from commands import refusal, run
+from compatibility import shows
+from mergekit import merge_methods
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
@@ -15,6 +16,8 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.stage import prepare
+from mergekit_dam.method import dam
+from mergekit_dam.task_vectors import METHODS
 
 QUIET = MergeOptions(quiet=True)
 DETERMINISTIC = ("task_arithmetic", "ties", "breadcrumbs", "breadcrumbs_ties")
@@ -203,10 +206,13 @@ def test_training_goes_on_from_there(recipe, models, tmp_path):
     assert all(not torch.equal(file.get(name), c.detach()) for name, c in start.items())
 
 
-@pytest.mark.parametrize("name", ["density", "gamma", "epsilon", "rescale"])
+WITHOUT_EFFECT = ("density", "gamma", "epsilon", "rescale", "int8_mask")
+
+
+@pytest.mark.parametrize("name", WITHOUT_EFFECT)
 def test_a_parameter_without_effect_is_named(recipe, models, tmp_path, name):
     own = [{"weight": weight, "density": 0.5} for weight in SCALAR] if name == "density" else None
-    shared = {} if name == "density" else {name: 0.1 if name != "rescale" else True}
+    shared = {} if name == "density" else {name: 0.1 if name in ("gamma", "epsilon") else True}
     path = both(recipe, models, "ties", own or [{}] * 3, shared)
     message = refusal("mergekit-dam", "check", path)
     assert f"`{name}` has no effect" in message
@@ -231,6 +237,7 @@ RULES = [
 ]
 
 
+@shows("settings", "`dam.granularity` by filter", "in the manner of mergekit's parameters")
 def test_granularity_by_filter(recipe, models, tmp_path):
     path = recipe(models, dam={"granularity": RULES})
     read = read_recipe(str(path))
@@ -252,8 +259,21 @@ def test_granularity_by_filter(recipe, models, tmp_path):
     torch.testing.assert_close(tiny.load(tmp_path / "out")(ids).logits, prepared.merged(ids))
 
 
-def test_the_page_lists_these_methods():
-    page = (Path(__file__).parents[1] / "docs" / "compatibility.md").read_text(encoding="utf-8")
-    table = page.partition("## Configs")[2].partition("| setting")[0]
-    first = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
-    assert set(re.findall(r"`(\w+)`", " ".join(first))) == {"linear", *CASES}
+def table_rows() -> list[tuple[str, str, str, str]]:
+    """The lines of docs/compatibility.md about configs: the methods that are tested above, with
+    the parameters that mergekit knows for them."""
+    rows = []
+    for method in ("linear", *CASES):
+        names = [parameter.name for parameter in merge_methods.get(method).spec.parameters]
+        if method == "task_arithmetic":  # which sparsifies nothing: see `WITHOUT_EFFECT`
+            names = [name for name in names if name not in WITHOUT_EFFECT]
+        names.sort(key=[p.name for p in dam.spec.parameters].index)
+        formula = "task_vectors" if method in CASES else "weights"
+        sparsify = f"`{method}`" if method in CASES and method != "task_arithmetic" else ""
+        listed = ", ".join(f"`{name}`" for name in names)
+        rows.append((f"`{method}`", f"`{formula}`", sparsify, listed))
+    return rows
+
+
+def test_every_method_of_task_vectors_is_tested():
+    assert set(CASES) == set(METHODS)

@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from commands import refusal, run
+from compatibility import shows
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
@@ -82,6 +83,7 @@ def provide(cache) -> Callable[[str], Path]:
 # ---- fit and merge
 
 
+@shows("sources", "adapters: `model+adapter`", "several of one base, together with the base")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_merged_logits_equal_the_fits(recipe, base, adapted, home, tmp_path, dtype):
     path = recipe([*adapted, base], dtype=dtype)
@@ -113,6 +115,7 @@ def test_the_flag_names_the_cache_that_stock_mergekit_takes(recipe, adapted, hom
     assert same(weights(tmp_path / "stock"), weights(tmp_path / "out"))
 
 
+@shows("sources", "a `base_model` with an adapter", "of task vectors, too")
 def test_a_base_with_an_adapter(recipe, adapted, tmp_path):
     path = recipe(adapted[:1], base_model=adapted[1], dam={"formula": "task_vectors"})
     logits = fitted(path, tmp_path)
@@ -120,6 +123,7 @@ def test_a_base_with_an_adapter(recipe, adapted, tmp_path):
     torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
 
 
+@shows("sources", "adapters of GPT-2", "whose weights are transposed")
 def test_gpt2s_transposed_weights(recipe, tmp_path):
     base = tiny.save_model(tmp_path / "base", tiny.CONFIGS["gpt2"], 0)
     names = [
@@ -295,6 +299,7 @@ def test_a_changed_adapter_is_refused_with_the_old_coefficients(recipe, tmp_path
 # ---- refusals
 
 
+@shows("refused sources", "an adapter that is missing", "the adapter, what its folder needs")
 def test_a_missing_adapter(recipe, base, tmp_path):
     path = recipe([f"{base}+{tmp_path / 'nowhere'}"])
     message = refusal("mergekit-dam", "check", path)
@@ -308,6 +313,7 @@ def test_a_missing_base(recipe, base, adapted, tmp_path):
     assert f"model {tmp_path / 'nowhere'} under the adapter" in message
 
 
+@shows("refused sources", "an adapter of another base", "the first weight that it does not fit")
 @pytest.mark.parametrize("change", [{"hidden_size": 32}, {"num_hidden_layers": 3}])
 def test_an_adapter_of_another_base_is_refused_before_weights_are_loaded(
     recipe, base, tmp_path, monkeypatch, change

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import tiny
 import torch
 import yaml
 from commands import SCRIPTS, refusal, run
+from compatibility import shows
+from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
 from mergekit.merge import run_merge
 from mergekit.merge_methods import merge_state_dicts, merge_tensors
 from mergekit.options import MergeOptions
@@ -22,6 +25,17 @@ from mergekit_dam.fit.stage import prepare
 from mergekit_dam.plan import plan_merge
 
 QUIET = MergeOptions(quiet=True)
+FLAGS = (
+    ("--lazy-unpickle", "--async-write", "--write-threads", "2"),
+    ("--low-cpu-memory", "--read-to-gpu", "--clone-tensors"),
+    ("--out-shard-size", "1K"),
+)
+GPU_FLAGS = (("--cuda",), ("--multi-gpu", "--cuda"), ("--gpu-rich",))
+
+
+def named(flags: Sequence[Sequence[str]]) -> str:
+    single = dict.fromkeys(flag for some in flags for flag in some if flag.startswith("-"))
+    return ", ".join(f"`{flag}`" for flag in single)
 
 
 def fitted(path: Path, tmp_path: Path) -> torch.Tensor:
@@ -80,6 +94,7 @@ def test_uniform_coefficients_give_mergekits_linear(recipe, models, tmp_path):
         torch.testing.assert_close(ours[name], tensor, rtol=1e-6, atol=1e-7)
 
 
+@shows("commands", "`mergekit-yaml`", "byte for byte what `mergekit-dam run` writes")
 def test_run_equals_fit_and_stock_merge_byte_for_byte(config, tmp_path):
     run("mergekit-dam", "run", config, tmp_path / "run")
     run("mergekit-yaml", config, tmp_path / "stock", "--quiet")
@@ -92,6 +107,7 @@ def test_run_equals_fit_and_stock_merge_byte_for_byte(config, tmp_path):
     assert copied.read_bytes() == (tmp_path / "dam.safetensors").read_bytes()
 
 
+@shows("commands", "`mergekit-dam merge`", "the same weights, with the hook switched off, too")
 def test_merge_works_with_the_hook_switched_off(config, tmp_path):
     run("mergekit-yaml", config, tmp_path / "stock", "--quiet")
     off = {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
@@ -100,23 +116,17 @@ def test_merge_works_with_the_hook_switched_off(config, tmp_path):
     assert same(weights(tmp_path / "ours"), weights(tmp_path / "stock"))
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--lazy-unpickle", "--async-write", "--write-threads", "2"),
-        ("--low-cpu-memory", "--read-to-gpu", "--clone-tensors"),
-        ("--out-shard-size", "1K"),
-    ],
-    ids=lambda flags: flags[0],
-)
+@shows("commands", f"its flags {named(FLAGS)}", "the same weights")
+@pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags[0])
 def test_mergekits_flags(config, tmp_path, flags):
     run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
     run("mergekit-yaml", config, tmp_path / "flags", "--quiet", *flags)
     assert same(weights(tmp_path / "flags"), weights(tmp_path / "plain"))
 
 
+@shows("commands", f"its flags {named(GPU_FLAGS)}", "tested where there is a GPU")
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("flags", [("--cuda",), ("--multi-gpu", "--cuda"), ("--gpu-rich",)])
+@pytest.mark.parametrize("flags", GPU_FLAGS)
 def test_merging_on_a_gpu(config, tmp_path, flags):
     run("mergekit-yaml", config, tmp_path / "cpu", "--quiet")
     run("mergekit-yaml", config, tmp_path / "gpu", "--quiet", *flags)
@@ -125,6 +135,7 @@ def test_merging_on_a_gpu(config, tmp_path, flags):
         torch.testing.assert_close(tensor, expected[name])
 
 
+@shows("settings", "`base_model` that is not listed", "takes no part")
 def test_a_base_that_is_no_source_takes_no_part(recipe, models, tmp_path):
     base = tiny.save_model(tmp_path / "base", tiny.CONFIGS["llama"], seed=99)
     run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
@@ -133,6 +144,7 @@ def test_a_base_that_is_no_source_takes_no_part(recipe, models, tmp_path):
     assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
 
 
+@shows("settings", "`base_model` that is listed", "is a source")
 def test_a_base_that_is_a_source_counts(recipe, models, tmp_path):
     run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
     path = recipe(models, base_model=str(models[0]))
@@ -160,6 +172,8 @@ def test_moved_models_still_match(config, models, tmp_path):
     assert same(weights(tmp_path / "after"), weights(tmp_path / "before"))
 
 
+@shows("commands", "`mergekit-multi`", "the same weights as `mergekit-yaml`")
+@shows("commands", "`mergekit-pytorch`", "on raw files with the fitted tensors' names")
 def test_mergekit_multi_and_pytorch(config, models, tmp_path):
     run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
     document = yaml.safe_load(config.read_text())
@@ -177,6 +191,7 @@ def test_mergekit_multi_and_pytorch(config, models, tmp_path):
     assert same(weights(tmp_path / "raw"), weights(tmp_path / "plain"))
 
 
+@shows("commands", "`merge_state_dicts`", "state dicts, by position")
 def test_mergekits_python_api(config, models, tmp_path):
     run("mergekit-yaml", config, tmp_path / "plain", "--quiet")
     file = str(tmp_path / "dam.safetensors")
@@ -184,6 +199,28 @@ def test_mergekits_python_api(config, models, tmp_path):
         [weights(folder) for folder in models], "dam", parameters={"coefficients": file}
     )
     assert same(merged, weights(tmp_path / "plain"))
+
+
+@shows("commands", "`merge_state_dicts` on two modules", "by position, or by the sources' names")
+def test_modules_in_memory(recipe, models, tmp_path):
+    path = recipe(models[:2])
+    fitted(path, tmp_path)
+    run("mergekit-yaml", path, tmp_path / "plain", "--quiet")
+    settings = {"parameters": {"coefficients": str(tmp_path / "dam.safetensors")}}
+    modules = [tiny.load(folder) for folder in models[:2]]
+    with torch.no_grad():
+        listed = merge_state_dicts(modules, "dam", **settings)
+        named = {str(f): m for f, m in zip(models[:2], modules, strict=True)}
+        by_name = merge_state_dicts(dict(reversed(named.items())), "dam", **settings)
+    assert same(listed, weights(tmp_path / "plain"))
+    assert same(by_name, listed)
+
+
+@shows("commands", "`mergekit-evolve`", "refused there: it allows its own five methods only")
+def test_mergekit_evolve_allows_its_own_methods(models):
+    with pytest.raises(ValueError, match="Invalid merge method"):
+        ModelGenomeDefinition(models=list(map(str, models)), merge_method="dam")
+    assert len(METHOD_PARAM_MAPS) == 5
 
 
 def test_an_existing_folder_is_not_overwritten(config, tmp_path):
@@ -331,6 +368,7 @@ def test_only_a_merge_that_is_planned_must_write_every_tensor(config, models, tm
     assert same(weights(tmp_path / "again"), weights(tmp_path / "out"))
 
 
+@shows("settings", "tied and untied heads together", "mergekit follows the tie")
 def test_an_optional_tensor_that_one_source_lacks(recipe, tmp_path):
     """A source with a tied head among others: mergekit follows the tie."""
     untied = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)

@@ -8,6 +8,7 @@ import torch
 import transformers
 import yaml
 from commands import refusal, run
+from compatibility import shows
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
@@ -44,6 +45,7 @@ LAYOUTS = {
 }
 
 
+@shows("settings", f"`slices`: {', '.join(LAYOUTS)}", "each source teaches as its whole model")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_slices_merge_is_fitted_and_merged(recipe, models, tmp_path, layout):
     path = write_slices(recipe(models), models, LAYOUTS[layout])

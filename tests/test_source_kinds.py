@@ -11,6 +11,7 @@ import torch
 import transformers
 import yaml
 from commands import refusal, run
+from compatibility import shows
 from mergekit.io import LazyTensorLoader
 from safetensors.torch import load_file, save_file
 from test_merge import fitted, same, weights
@@ -61,6 +62,11 @@ def dtypes(folder: Path) -> set[torch.dtype]:
 # ---- kinds of sources
 
 
+@shows(
+    "sources",
+    "float32, bfloat16 and float16 together",
+    "`dtype` decides; without it mergekit takes the widest",
+)
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_mixed_dtypes(merged, tmp_path, dtype):
     """Without `dtype` mergekit brings all to the widest."""
@@ -70,6 +76,7 @@ def test_mixed_dtypes(merged, tmp_path, dtype):
     assert dtypes(out) == {getattr(torch, dtype or "float32")}
 
 
+@shows("sources", "all float16", "with `dtype: float16`, with none, and with `out_dtype`")
 @pytest.mark.parametrize("keys", [{"dtype": "float16"}, {"dtype": None},
                                   {"dtype": "float32", "out_dtype": "float16"}])  # fmt: skip
 def test_float16(merged, tmp_path, keys):
@@ -77,11 +84,13 @@ def test_float16(merged, tmp_path, keys):
     assert dtypes(out) == {torch.float16}
 
 
+@shows("sources", "sharded `.safetensors`", "beside whole ones")
 def test_sharded_checkpoints(merged, tmp_path):
     whole, *others = tiny.save_models(tmp_path, LLAMA, 3)
     merged([whole, shard(others[0]), shard(others[1], "7KB")])
 
 
+@shows("sources", "`pytorch_model.bin`", "with and without `--lazy-unpickle`")
 @pytest.mark.parametrize("flags", [(), ("--lazy-unpickle",)])
 @pytest.mark.parametrize("architecture", ["llama", "llama_tied"])
 def test_bin_checkpoints(merged, tmp_path, architecture, flags):
@@ -89,11 +98,13 @@ def test_bin_checkpoints(merged, tmp_path, architecture, flags):
     merged(map(pickle, models), *flags)
 
 
+@shows("sources", "`pytorch_model.bin` beside safetensors, sharded or not", "mixed as you like")
 def test_bin_beside_safetensors(merged, tmp_path):
     first, second, third = tiny.save_models(tmp_path, LLAMA, 3)
     merged([pickle(first), second, shard(third)])
 
 
+@shows("sources", "sharded `.bin`", "all the same")
 def test_sharded_bin_checkpoints(merged, tmp_path):
     models = tiny.save_models(tmp_path, LLAMA, 2)
     for model in models:
@@ -114,19 +125,25 @@ def split_bin(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+@shows("sources", "one source", "its columns are scaled")
 def test_one_source(merged, tmp_path):
     merged(tiny.save_models(tmp_path, LLAMA, 1))
 
 
+@shows("sources", "ten sources", "")
 def test_ten_sources(merged, tmp_path):
     merged(tiny.save_models(tmp_path, LLAMA, 10), rows=8)
 
 
+@shows("sources", "a base that is also a source", "with data of its own")
 def test_a_base_that_is_also_a_source(merged, tmp_path):
     models = tiny.save_models(tmp_path, LLAMA, 3)
     merged(models, base_model=str(models[1]))
 
 
+@shows(
+    "sources", "a source in two folders (a copy)", "each copy with data and coefficients of its own"
+)
 def test_two_copies_of_one_source(merged, tmp_path):
     """What to do for a model with two sets of data."""
     models = tiny.save_models(tmp_path, LLAMA, 2)
@@ -156,6 +173,7 @@ def save(request, tmp_path) -> Callable[..., Path]:
     return call
 
 
+@shows("refused sources", "a source listed twice", "the model; keep one entry")
 def test_a_source_listed_twice(check, recipe, tmp_path):
     first, second = tiny.save_models(tmp_path, LLAMA, 2)
     message = check([first, second, first])
@@ -169,6 +187,7 @@ def test_a_source_listed_twice(check, recipe, tmp_path):
         assert f"{first} is listed twice" in refusal("mergekit-dam", command, path)
 
 
+@shows("refused sources", "the same, as `m0` and `./m0`", "both names")
 @pytest.mark.parametrize("other", ["./m0", "m0/", "sub/../m0", "{}/m0"])
 def test_a_source_listed_twice_under_two_names(recipe, tmp_path, monkeypatch, other):
     tiny.save_models(tmp_path, LLAMA, 1)
@@ -182,6 +201,11 @@ def test_a_source_listed_twice_under_two_names(recipe, tmp_path, monkeypatch, ot
     assert "is listed twice (as m0, too)" in message
 
 
+@shows(
+    "refused sources",
+    "one architecture with different options",
+    "the tensor that one lacks, the options in which their configs differ",
+)
 def test_a_tensor_that_one_source_lacks_by_its_config(recipe, tmp_path):
     configs = [transformers.CohereConfig(**tiny.SIZES, use_qk_norm=bool(n)) for n in range(2)]
     models = [tiny.save_model(tmp_path / f"m{n}", config, n) for n, config in enumerate(configs)]
@@ -190,6 +214,11 @@ def test_a_tensor_that_one_source_lacks_by_its_config(recipe, tmp_path):
     assert f"{models[1]} has it; their configs differ in use_qk_norm" in message
 
 
+@shows(
+    "refused sources",
+    "an option that mergekit does not describe (`attention_bias` of Llama)",
+    "the tensor that the merge would lack",
+)
 def test_an_option_that_mergekit_does_not_describe(recipe, tmp_path):
     models = [tiny.save_model(tmp_path / f"m{n}", llama(attention_bias=True), n) for n in range(2)]
     message = refusal("mergekit-dam", "check", recipe(models))
@@ -197,6 +226,7 @@ def test_an_option_that_mergekit_does_not_describe(recipe, tmp_path):
     assert "mergekit's description of this architecture lacks it" in message
 
 
+@shows("refused sources", "a source twice in one slice", "the model")
 def test_a_source_twice_in_one_slice(recipe, tmp_path):
     (model,) = tiny.save_models(tmp_path, LLAMA, 1)
     path = recipe([model])
@@ -207,6 +237,11 @@ def test_a_source_twice_in_one_slice(recipe, tmp_path):
     assert f"{model} is listed twice" in refusal("mergekit-dam", "check", path)
 
 
+@shows(
+    "refused sources",
+    "different architectures",
+    "two models, their architectures, a tensor that only one has",
+)
 @pytest.mark.parametrize("other", ["qwen2", "gpt2"])
 def test_another_architecture(check, save, other):
     first, second = save(LLAMA, 0), save(tiny.CONFIGS[other], 1)
@@ -217,6 +252,7 @@ def test_another_architecture(check, save, other):
     assert "choose models of one architecture" in message
 
 
+@shows("refused sources", "one architecture under two names (Llama, Mistral)", "`--allow-crimes`")
 def test_another_name_for_one_architecture(check, recipe, tmp_path):
     """A Mistral's tensors are a Llama's."""
     first = tiny.save_model(tmp_path / "llama", LLAMA, 0)
@@ -224,6 +260,7 @@ def test_another_name_for_one_architecture(check, recipe, tmp_path):
     assert "--allow-crimes" in check([first, second])
 
 
+@shows("sources", "one architecture under two names (Llama, Mistral)", "with `--allow-crimes`")
 def test_crimes(recipe, tmp_path):
     first = tiny.save_model(tmp_path / "llama", LLAMA, 0)
     second = tiny.save_model(tmp_path / "mistral", transformers.MistralConfig(**tiny.SIZES), 1)
@@ -234,6 +271,11 @@ def test_crimes(recipe, tmp_path):
     tiny.load(tmp_path / "stock")
 
 
+@shows(
+    "refused sources",
+    "different width (hidden, intermediate, heads)",
+    "the first tensor that differs, its shapes; choose models of one size",
+)
 @pytest.mark.parametrize(
     ("sizes", "tensor"),
     [
@@ -249,6 +291,11 @@ def test_another_width(check, save, sizes, tensor):
     assert "one architecture and size" in message
 
 
+@shows(
+    "refused sources",
+    "different numbers of layers, the base's too",
+    "both numbers, a tensor that one lacks; `slices:`",
+)
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("role", ["source", "base"])
 def test_another_number_of_layers(check, save, layers, role):
@@ -260,12 +307,22 @@ def test_another_number_of_layers(check, save, layers, role):
     assert "slices" in message
 
 
+@shows(
+    "refused sources",
+    "different vocabulary without a `tokenizer` setting",
+    "the embedding, its shapes; `tokenizer: {source: union}`",
+)
 def test_another_vocabulary(check, save):
     message = check([save(LLAMA, 0), save(llama(vocab_size=50), 1)])
     assert "model.embed_tokens.weight" in message
     assert "tokenizer" in message
 
 
+@shows(
+    "refused sources",
+    "weights that the config promises and the files lack",
+    "the model, the tensor",
+)
 def test_missing_weights_of_one_layer(check, save):
     """A config that promises more than the weights hold."""
     first, second = save(LLAMA, 0), save(LLAMA, 1)

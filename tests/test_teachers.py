@@ -8,6 +8,7 @@ import torch
 import transformers
 import yaml
 from commands import refusal, run
+from compatibility import shows
 from mergekit.options import MergeOptions
 
 from mergekit_dam.config import read_recipe
@@ -29,6 +30,11 @@ def models(folder: Path, other: dict) -> list[Path]:
     return [tiny.save_model(folder / f"m{n}", config, n) for n, config in enumerate(configs)]
 
 
+@shows(
+    "settings",
+    "sources with another config (rotary base, activation, heads, tied head), with a `base_model`",
+    "each teaches as itself",
+)
 @pytest.mark.parametrize("key", OTHERS)
 @pytest.mark.parametrize("base", [0, 1])
 def test_a_teacher_has_its_own_config(recipe, tmp_path, key, base):
@@ -46,6 +52,7 @@ def test_without_a_base_the_config_would_be_a_matter_of_luck(recipe, tmp_path):
     assert "base_model" in message
 
 
+@shows("settings", "`modules`", "the same bytes as `models`")
 def test_modules_of_a_config(recipe, tmp_path):
     both = models(tmp_path, {})
     path = recipe(both)
@@ -62,6 +69,7 @@ def test_modules_of_a_config(recipe, tmp_path):
     assert first == second == third
 
 
+@shows("settings", "`chat_template`", "as mergekit writes it")
 def test_chat_templates(recipe, tmp_path):
     both = models(tmp_path, {})
     path = recipe(both, base_model=str(both[0]), chat_template="chatml")

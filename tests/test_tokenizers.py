@@ -8,6 +8,7 @@ import tiny
 import torch
 import transformers
 from commands import refusal, run
+from compatibility import shows
 from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 
@@ -59,6 +60,11 @@ def fitted(path: Path) -> Fit:
     return prepared
 
 
+@shows(
+    "settings",
+    "`tokenizer`, `tokenizer_source`: union, base or a model; `tokens`, `pad_to_multiple_of`",
+    "sources with different vocabularies",
+)
 @pytest.mark.parametrize(
     "setting",
     [
@@ -99,6 +105,7 @@ def test_aligned_vocabularies(recipe, models, tmp_path, setting):
     )
 
 
+@shows("settings", "data of aligned vocabularies", "tokenised with the merge's tokenizer")
 def test_rows_are_tokenised_with_the_merges_tokenizer(recipe, models):
     path = recipe(models, base_model=str(models[0]), tokenizer_source="union")
     prepared = prepare(read_recipe(str(path)), QUIET, device="cpu")
@@ -109,6 +116,7 @@ def test_rows_are_tokenised_with_the_merges_tokenizer(recipe, models):
             assert row.ids[0] == vocabulary["<bos>"]
 
 
+@shows("settings", "tokens that a source lacks", "take no part in that source's loss")
 def test_a_token_that_a_source_lacks_takes_no_part_in_its_loss(recipe, models):
     path = recipe(models, base_model=str(models[0]), tokenizer_source="union")
     prepared = prepare(read_recipe(str(path)), QUIET, device="cpu")
