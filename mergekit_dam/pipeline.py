@@ -8,6 +8,7 @@ from mergekit_dam import report, table
 from mergekit_dam.check import Outlook, check
 from mergekit_dam.coefficients import open_file
 from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
+from mergekit_dam.config.recipe import read_documents
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.trainer import is_main_process
@@ -90,7 +91,7 @@ def check_file(
 
     Raises DamError with all mistakes.
     """
-    if not is_chain(config):
+    if len(read_documents(config)) == 1:  # with a name, too
         recipe = read_recipe(config)
         arguments = {"coefficients": recipe.coefficients, "will_fit": True, "will_merge": True}
         outlook = check(recipe, options, **arguments, device=device, reads_data=True)

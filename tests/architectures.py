@@ -204,7 +204,17 @@ INFERRED = (
         "interleave_moe_layer_step": 2, **HEADS}, EXPERTS_TRANSPOSED),
 )  # fmt: skip
 
-ROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+
+def with_sections(*sections: int) -> dict[str, Any]:
+    """Rotary positions of text, height and width."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(sections)}
+    return {"rope_parameters": rope}
+
+
+QWEN3_SIGHT = {
+    "depth": 3, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2, "out_hidden_size": 16,
+    "patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1, 2],
+}  # fmt: skip
 TOKENS = {
     "image_token_id": 40, "video_token_id": 41, "vision_start_token_id": 38,
     "vision_end_token_id": 39,
@@ -220,8 +230,7 @@ SEEING = (
         published=(r"^vision_tower\.", "vision_tower.vision_model.")),
     Architecture(
         "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig",
-        {"text_config": {"rope_parameters": {**ROPE["rope_parameters"],
-                                             "mrope_section": [1, 1, 2]}},
+        {"text_config": with_sections(1, 1, 2),
          "vision_config": {
              "depth": 1, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2,
              "out_hidden_size": 16, "patch_size": 4, "window_size": 16,
@@ -229,23 +238,14 @@ SEEING = (
         untrained=("visual.",)),
     Architecture(
         "Qwen3VLForConditionalGeneration", "Qwen3VLConfig",
-        {"text_config": {**HEADS, "rope_parameters": {**ROPE["rope_parameters"],
-                                                      "mrope_section": [2, 1, 1]}},
-         "vision_config": {
-             "depth": 3, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2,
-             "out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 16,
-             "deepstack_visual_indexes": [0, 1, 2]}, **TOKENS},
+        {"text_config": {**HEADS, **with_sections(2, 1, 1)},
+         "vision_config": QWEN3_SIGHT, **TOKENS},
         untrained=("model.visual.",)),
     Architecture(
         "Qwen3VLMoeForConditionalGeneration", "Qwen3VLMoeConfig",
         {"text_config": {**HEADS, "num_experts": 4, "num_experts_per_tok": 2,
-                         "moe_intermediate_size": 12,
-                         "rope_parameters": {**ROPE["rope_parameters"],
-                                             "mrope_section": [2, 1, 1]}},
-         "vision_config": {
-             "depth": 3, "hidden_size": 8, "intermediate_size": 12, "num_heads": 2,
-             "out_hidden_size": 16, "patch_size": 4, "num_position_embeddings": 16,
-             "deepstack_visual_indexes": [0, 1, 2]}, **TOKENS},
+                         "moe_intermediate_size": 12, **with_sections(2, 1, 1)},
+         "vision_config": QWEN3_SIGHT, **TOKENS},
         untrained=("model.visual.",)),
     Architecture(
         "Mistral3ForConditionalGeneration", "Mistral3Config",
@@ -305,8 +305,7 @@ REFUSED = (
         "it rescales its weights in place as it runs", reason="rescales its weights in place"),
     Architecture(
         "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",
-        {"text_config": {"rope_parameters": {**ROPE["rope_parameters"],
-                                             "mrope_section": [1, 1, 2]}},
+        {"text_config": with_sections(1, 1, 2),
          "vision_config": {"depth": 1, "embed_dim": 8, "hidden_size": 16, "mlp_ratio": 2,
                            "num_heads": 2, "patch_size": 4}, **TOKENS},
         "mergekit looks for the number of layers where transformers 5 no longer has it",

@@ -35,6 +35,7 @@ from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpo
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
+from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Watch, watched
 from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
@@ -236,7 +237,10 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
             "`dam.train` leaves no tensor of this model to train: switch a kind on, or set "
             "`steps: 0`."
         )
+    beginning = before
     if settings.max_steps:
+        if checkpoint is None:
+            beginning = at_start(merged.coefficients(), before, figures)
         trainer = build_trainer(
             Distillation(merged, settings.objective, known),
             StepRows(prepared.data),
@@ -251,7 +255,10 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
         trainer.train(resume_from_checkpoint=checkpoint)
         losses, curve = history(trainer), watched(trainer, len(held_out))
     _require_finite(merged, folder)
-    results = files.Results(average=before, fit=figures(), history=losses, held_out=curve)
+    after = figures()
+    if settings.max_steps and is_main_process():
+        warn_if_worse(beginning, after)
+    results = files.Results(average=before, fit=after, history=losses, held_out=curve)
     return prepared.header.model_copy(update={"results": results})
 
 

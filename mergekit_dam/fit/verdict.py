@@ -1,0 +1,38 @@
+"""Whether a fit was worth it: its held-out KL against that of its start."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from mergekit_dam.coefficients import Figures
+
+LOG = logging.getLogger(__name__)
+NOISE = 1e-4  # of a mean KL, which differs a little from device to device
+
+
+def at_start(
+    coefficients: Mapping[str, Tensor],  # output tensor -> [N, *B]
+    average: Sequence[Figures],
+    evaluate: Callable[[], Sequence[Figures]],
+) -> Sequence[Figures]:
+    """The figures of the model as it is; those of the average are known already."""
+    return average if all(map(_is_average, coefficients.values())) else evaluate()
+
+
+def _is_average(coefficients: Tensor) -> bool:
+    """Zeros belong to sources that lack the tensor."""
+    present = coefficients[coefficients.flatten(1).any(1)]
+    return bool((present == 1 / max(len(present), 1)).all())
+
+
+def warn_if_worse(start: Sequence[Figures], end: Sequence[Figures]) -> None:
+    before, after = (sum(f.kl for f in figures) / len(figures) for figures in (start, end))
+    if after > before * (1 + NOISE):
+        LOG.warning(
+            "The fit ends farther from its sources than it began (mean held-out KL %.4f, %.4f at "
+            "the start): lower `dam.learning_rate`, give more data, or keep the start with "
+            "`steps: 0`.",
+            after,
+            before,
+        )

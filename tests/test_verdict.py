@@ -1,0 +1,56 @@
+"""A fit that ends worse than it began says so."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from commands import run
+
+from mergekit_dam.coefficients import Figures
+from mergekit_dam.fit.verdict import at_start, warn_if_worse
+
+SENTENCE = "Warning: The fit ends farther from its sources than it began"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 2)
+
+
+@pytest.mark.parametrize(("rate", "is_worse"), [(0.01, False), (3.0, True)])
+def test_against_the_average(recipe, models, rate, is_worse):
+    path = recipe(models, dam={"steps": 8, "learning_rate": rate, "max_grad_norm": 0})
+    told = run("mergekit-dam", "fit", path, "--quiet", "--device", "cpu").stderr
+    assert (SENTENCE in told) == is_worse
+    assert ("`dam.learning_rate`" in told) == is_worse
+
+
+def test_the_start_is_not_told_to_be_worse_than_the_average(recipe, models):
+    """Without steps there is no fit to judge."""
+    path = recipe(models, dam={"steps": 0})
+    document = yaml.safe_load(path.read_text())
+    for model, weight in zip(document["models"], (0.1, 0.9), strict=True):
+        model["parameters"] = {"weight": weight}
+    path.write_text(yaml.safe_dump(document))
+    assert SENTENCE not in run("mergekit-dam", "fit", path, "--quiet", "--device", "cpu").stderr
+
+
+def figures_of(*kls: float) -> tuple[Figures, ...]:
+    return tuple(Figures(tokens=1, kl=kl, perplexity=2.0, source_perplexity=2.0) for kl in kls)
+
+
+def test_means_over_the_sources_are_compared(caplog):
+    warn_if_worse(figures_of(1.0, 2.0), figures_of(2.5, 0.4))
+    assert not caplog.records
+    warn_if_worse(figures_of(1.0, 2.0), figures_of(0.1, 3.0))
+    assert "1.5500, 1.5000 at the start" in caplog.text
+
+
+def test_the_average_is_not_evaluated_twice():
+    figures = figures_of(1.0)
+    half = torch.full((2, 1, 4), 0.5)
+    lacking = torch.cat([half, torch.zeros(1, 1, 4)])  # of a source without the tensor
+    assert at_start({"a": half, "b": lacking * 1}, figures, evaluate=None) is figures
+    assert at_start({"a": half, "b": half * 0.9}, figures, lambda: "evaluated") == "evaluated"
