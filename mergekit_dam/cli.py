@@ -1,6 +1,6 @@
-"""The command line: `mergekit-dam fit | merge | run | check`, and the commands on files.
+"""The command line: `mergekit-dam fit | merge | run | check | compare`, and the commands on files.
 
-These four take mergekit-yaml's own flags, and so import mergekit; what only a fit needs is
+These take mergekit-yaml's own flags, and so import mergekit; what only a fit needs is
 imported inside the commands.
 """
 
@@ -131,7 +131,54 @@ def check(merge_options: MergeOptions, config: str, intermediate_dir: str | None
         click.echo(title if outlook is None else f"{title}\n{outlook}\n")
 
 
-for command in (check, fit, run, merge, *file_commands.COMMANDS):
+@merge_command
+@click.argument("config")
+@click.option("--out", required=True, help="Folder of the results; what is there is kept.")
+@click.option("--only", help="Merges to compare, with commas between them [default: all].")
+@click.option(
+    "--search-rows",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Fit rows of each source on which a method's parameters are chosen.",
+)
+@click.option(
+    "--evaluations",
+    default=200,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Merges that the evolutionary search tries.",
+)
+def compare(
+    merge_options: MergeOptions,
+    config: str,
+    out: str,
+    only: str | None,
+    search_rows: int,
+    evaluations: int,
+) -> None:
+    """Compare the merges of CONFIG's sources by all methods, on the same held-out rows.
+
+    Every source, the base, mergekit's own methods with a small grid each, an evolutionary search,
+    and `dam` by default, with the paper's preset and as CONFIG has it. Called again, it goes on
+    where it was interrupted.
+    """
+    from mergekit_dam.compare import compare as run_comparison
+    from mergekit_dam.config import read_recipe
+
+    run_comparison(
+        read_recipe(config),
+        out,
+        merge_options,
+        device=_fit_device(merge_options),
+        only=[name.strip() for name in only.split(",")] if only else (),
+        search_rows=search_rows,
+        evaluations=evaluations,
+        say=(lambda text: None) if merge_options.quiet else click.echo,
+    )
+
+
+for command in (check, fit, run, merge, compare, *file_commands.COMMANDS):
     main.add_command(command)
 
 

@@ -11,7 +11,10 @@ from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 
 from mergekit_dam.errors import DamError
 
-INTERRUPTED = "Interrupted. A fit goes on from its last checkpoint with --resume."
+INTERRUPTED = (
+    "Interrupted. A fit goes on from its last checkpoint with --resume, a comparison when it is "
+    "run again."
+)
 
 
 def merge_command(function: Callable) -> click.Command:
