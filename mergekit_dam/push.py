@@ -98,6 +98,6 @@ def _require_ours(api: Any, repository: str) -> None:
     tags = ModelCard.load(repository, ignore_metadata_errors=True).data.tags or []
     if card.FILE_TAG not in tags:
         raise DamError(
-            f"{repository} has a {README} that is not of coefficients alone, so it is not "
+            f"{repository} has a README.md that is not of coefficients alone, so it is not "
             "replaced: give another repository."
         )
