@@ -4,6 +4,7 @@ mergekit passes over keys that it does not know; a misspelt one would silently c
 """
 
 import difflib
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -36,9 +37,9 @@ def unknown_keys(document: Mapping) -> Iterator[str]:
     method = document.get("merge_method")
     try:
         parameters = [p.name for p in merge_methods.get(method).spec.parameters]
-    except RuntimeError:
+    except (RuntimeError, TypeError):
         known = [m.spec.name for m in merge_methods.registered_methods()]
-        yield f"`merge_method` is {method!r}, which mergekit does not know" + _nearest(
+        yield f"`merge_method` is {reprlib.repr(method)}, which mergekit does not know" + _nearest(
             method, known
         )
         return

@@ -1,6 +1,8 @@
 """Reads the YAML that mergekit-yaml and mergekit-dam share."""
 
+import math
 import os
+import reprlib
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from mergekit_dam.config.keys import BLOCK, unknown_key, unknown_keys
 from mergekit_dam.config.settings import EVERY, DataSettings, Settings
 from mergekit_dam.errors import DamError
 
+MOST_PARTS = 100_000  # of a YAML file: keys, values, lists
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 
 
@@ -55,7 +58,7 @@ def read_recipe(path: str) -> Recipe:
     ((document, text),) = documents
     method = document.get("merge_method")
     if method != "dam":
-        raise DamError(f"{path}: merge_method is {method!r}: set it to `dam`.")
+        raise DamError(f"{path}: merge_method is {reprlib.repr(method)}: set it to `dam`.")
     return parse_document(path, document, text)
 
 
@@ -66,13 +69,26 @@ def read_documents(path: str) -> list[tuple[dict, str]]:
         documents = [document for document in yaml.safe_load_all(text) if document is not None]
     except OSError as error:
         raise DamError(f"{path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise DamError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    if _size(documents, {}) > MOST_PARTS:
+        raise DamError(f"{path} is no merge config: its anchors make it endlessly large.")
     if not documents or not all(isinstance(document, dict) for document in documents):
         raise DamError(f"{path} holds no merge config: it needs keys such as `merge_method`.")
     if len(documents) == 1:
         return [(documents[0], text)]
     return [(document, yaml.safe_dump(document, sort_keys=False)) for document in documents]
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Parts of a document with its anchors written out; infinite where one holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf  # until all that is in it is counted
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
 
 
 def parse_document(path: str, document: dict, text: str) -> Recipe:
@@ -160,7 +176,8 @@ def _in_words(problem: Mapping, place: tuple, model: type, prefix: str) -> str:
         return f"`{where}` is missing"
     message = problem["msg"].removeprefix("Value error, ").replace("tuple", "list")
     value = problem.get("input")
-    return f"`{where}` {message}" + ("" if isinstance(value, Mapping) else f" (it is {value!r})")
+    it_is = "" if isinstance(value, Mapping) else f" (it is {reprlib.repr(value)})"
+    return f"`{where}` {message}{it_is}"
 
 
 def _known_keys(model: type, location: Iterable) -> Iterable[str]:
@@ -185,7 +202,7 @@ def _wrong_dtypes(document: Mapping) -> Iterator[str]:
     for key in ("dtype", "out_dtype"):
         name = document.get(key)
         if name is not None and str(name).removeprefix("torch.") not in DTYPES:
-            yield f"`{key}` is {name!r}: choose one of {', '.join(DTYPES)}"
+            yield f"`{key}` is {reprlib.repr(name)}: choose one of {', '.join(DTYPES)}"
 
 
 def data_entries(

@@ -15,7 +15,7 @@ from mergekit_dam.task_vectors import Sparsify
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 EVERY = "*"  # stands for each source that has no entry of its own
-OF_FILES = frozenset({"name", "revision", "split", "streaming", "text", "columns", "examples"})
+OF_FILES = ("name", "revision", "split", "streaming", "text", "columns", "examples")
 LossOn = Literal["all", "completion"]
 
 # The columns that make a row; of those that a row has, the first in this order count. TRL's
@@ -56,6 +56,7 @@ class DataSettings(_Block):
     )
     path: str | None = Field(
         None,
+        min_length=1,
         description="a json, jsonl, parquet, csv or txt file, a pattern of such files "
         "(`data/*.jsonl`), a folder, or a data set's Hub name",
     )
@@ -93,9 +94,9 @@ class DataSettings(_Block):
     def _one_origin(self) -> "DataSettings":
         if (self.path is None) == (self.generate is None):
             raise ValueError("give a `path`, or the number of rows to `generate`")
-        idle = self.model_fields_set & OF_FILES if self.path is None else set()
-        if idle:
-            raise ValueError(f"`{min(idle)}` has no effect on rows that a source writes itself")
+        given = (name for name in OF_FILES if self.path is None and self._is_given(name))
+        for name in given:
+            raise ValueError(f"`{name}` has no effect on rows that a source writes itself")
         if self.path is None and isinstance(self.held_out, str):
             raise ValueError("rows that a source writes itself have no splits to hold out")
         return self
@@ -105,6 +106,9 @@ class DataSettings(_Block):
         if self.text is not None and self.columns is not None:
             raise ValueError("give `text` or `columns`, not both")
         return self
+
+    def _is_given(self, name: str) -> bool:
+        return getattr(self, name) != type(self).model_fields[name].default
 
     @property
     def mapping(self) -> Mapping[str, str] | None:
