@@ -69,16 +69,18 @@ class Generation:
         """The rows over the merge's vocabulary."""
         path, held_out = self.path, self.entry.held_out or self.settings.held_out
         config = self.source.config(self._trusts_code).get_text_config()
-        on_completion = (self.entry.loss_on or self.settings.loss_on) == "completion"
-        written = load_written(path, config.vocab_size)
-        if on_completion and not all(row.prompt for row in written):
-            raise DamError(
-                f"{self.source} writes plain text, in which no completion begins: give "
-                "`loss_on: all` to its `dam.data` entry."
-            )
-        ids = self._merged_ids()
-        rows = [row.row(ids, self.length, on_completion=on_completion) for row in written]
+        written, ids = load_written(path, config.vocab_size), self._merged_ids()
+        counts = {"on_completion": self._on_completion}
+        rows = [row.row(ids, self.length, **counts) for row in written]
         return share_out([row for row in rows if row.counted], held_out, str(path))
+
+    def require_prompts(self) -> None:
+        """Raises DamError where answers are to count, and there will be none."""
+        if self._on_completion and self._tokenizer.chat_template is None:
+            raise DamError(
+                f"{self.source} has no chat template, so it writes plain text, in which no "
+                "completion begins: give `loss_on: all` to its `dam.data` entry."
+            )
 
     def write(self, merge: MergeConfiguration, device: str) -> None:
         """With the source's own model and tokenizer, as mergekit reads them."""
@@ -110,6 +112,10 @@ class Generation:
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.source, self.plan.options)
+
+    @property
+    def _on_completion(self) -> bool:
+        return (self.entry.loss_on or self.settings.loss_on) == "completion"
 
     @property
     def _trusts_code(self) -> bool:

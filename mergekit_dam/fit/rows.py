@@ -32,7 +32,9 @@ def generation(
     entry = _entry(source, settings, plan)
     if entry.generate is None:
         return None
-    return Generation(source, entry, settings, plan, Path(f"{out}.data"))
+    found = Generation(source, entry, settings, plan, Path(f"{out}.data"))
+    found.require_prompts()
+    return found
 
 
 def load_source_data(
