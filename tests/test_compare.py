@@ -101,9 +101,9 @@ def test_models_and_merges_are_measured_on_every_source(compared, config):
         for scores in entry.scores:
             assert scores.kl >= -1e-6 and scores.perplexity >= 1 and 0 <= scores.agreement <= 1
     for number, name in enumerate(results.sources):
-        own = results.find(name).scores[number]
-        assert own.kl == pytest.approx(0, abs=1e-6) and own.agreement == 1
-        assert results.find(name).scores[1 - number].kl > 0.01
+        scores = results.find(name, "source").scores
+        assert scores[number].kl == pytest.approx(0, abs=1e-6) and scores[number].agreement == 1
+        assert scores[1 - number].kl > 0.01
 
 
 def test_the_folder_has_tables_pictures_and_configs(compared):
@@ -111,7 +111,8 @@ def test_the_folder_has_tables_pictures_and_configs(compared):
     assert records.read(out / "results.json") == results
     page = (out / "results.md").read_text()
     for entry in results.entries:
-        assert entry.name in said and f"| {entry.name} |" in page
+        name = records.short_name(entry.name)
+        assert name in said and f"| {name} |" in page
         if entry.kind == "merge":
             assert MergeConfiguration.model_validate(
                 yaml.safe_load((out / entry.config).read_text())
@@ -125,9 +126,8 @@ def test_stock_mergekit_makes_what_was_measured(compared, config, tmp_path, name
     """The YAML, through `mergekit-yaml` and transformers alone, gives the scores of the table."""
     out, results, _ = compared
     entry, merged = results.find(name), tmp_path / "merged"
-    command = (out / entry.config).read_text().splitlines()[0].partition(": ")[2].split()
-    assert command[0] == "mergekit-yaml"
-    run(command[0], out / entry.config, merged, *command[3:], "--quiet")
+    first = (out / entry.config).read_text().splitlines()[0]
+    run(*first.removeprefix("# ").replace("OUT", str(merged)).split(), "--quiet")
     _, plan, data = prepared(config)
     model = tiny.load(merged)
     for number, source in enumerate(results.sources):
@@ -283,7 +283,7 @@ def test_the_base_is_the_model_itself(compared, config):
     _, results, _ = compared
     _, plan, data = prepared(config)
     base = rounded(tiny.load(Path(str(plan.base))))
-    entry = results.find(str(plan.base))
+    entry = results.find(str(plan.base), "base")
     for number, source in enumerate(results.sources):
         kl, _ = alone(base, tiny.load(Path(source)), data[number].held_out)
         assert entry.scores[number].kl == pytest.approx(kl, rel=1e-4)

@@ -113,9 +113,9 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 # --- Tokenizer and model ----------------------------------------------------------------------
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(characters: str = CHARACTERS) -> PreTrainedTokenizerFast:
     """Build a character-level tokenizer that puts <bos> before every text."""
-    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *CHARACTERS])}
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL.values(), *characters])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=SPECIAL["unk_token"]))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
     backend.decoder = decoders.Fuse()
@@ -135,22 +135,22 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """Build a Llama of 0.8 million parameters, freshly initialised."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return LlamaForCausalLM(config)
+def make_model(tokenizer: PreTrainedTokenizerFast, **changes: object) -> LlamaForCausalLM:
+    """Build a Llama of 0.8 million parameters, unless changed, freshly initialised."""
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 344,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": False,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return LlamaForCausalLM(LlamaConfig(**settings | changes))
 
 
 def save(
@@ -185,12 +185,18 @@ def batches(
         yield {**batch, "labels": labels}
 
 
-def train(model: LlamaForCausalLM, stream: Iterator[dict[str, torch.Tensor]], steps: int) -> None:
-    """Train every weight of the model on `steps` batches of the stream."""
+def train(
+    model: LlamaForCausalLM,
+    stream: Iterator[dict[str, torch.Tensor]],
+    steps: int,
+    rate: float = RATE,
+) -> None:
+    """Train every weight of the model that wants gradients on `steps` batches of the stream."""
     model.train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.05)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=RATE, total_steps=steps, pct_start=0.1
+        optimizer, max_lr=rate, total_steps=steps, pct_start=0.1
     )
     for _ in range(steps):
         loss = model(**next(stream)).loss

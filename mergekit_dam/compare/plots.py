@@ -7,7 +7,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mergekit_dam.compare.records import Entry, Results, mean, merges, retention
+from mergekit_dam.compare.records import Entry, Results, mean, merges, retention, short_name
 
 QUALITY, RETENTION = "quality.png", "retention.png"
 PLACES = [((7, 3), "left"), ((7, -11), "left"), ((-7, 3), "right"), ((-7, -11), "right")]
@@ -79,18 +79,14 @@ def _retention(results: Results) -> Figure:
             shown = "-" if math.isnan(value) else f"{value:.2f}"
             ink = "white" if value > DARK else "black"
             axes.text(column, row, shown, ha="center", va="center", fontsize=9, color=ink)
-    axes.set_xticks(range(len(results.sources)), [_short(name) for name in results.sources])
-    axes.set_yticks(range(len(entries)), [_short(e.name) for e in entries])
+    axes.set_xticks(range(len(results.sources)), [short_name(name) for name in results.sources])
+    axes.set_yticks(range(len(entries)), [short_name(e.name) for e in entries])
     axes.set_title("Retention: of each source's own score", fontsize=10)
     axes.tick_params(length=0, labelsize=9)
     axes.tick_params(axis="x", rotation=30 if len(results.sources) > 4 else 0)
     for spine in axes.spines.values():
         spine.set_visible(False)
     return figure
-
-
-def _short(name: str) -> str:
-    return name.rstrip("/").rpartition("/")[2]
 
 
 def _colour(entry: Entry) -> str:

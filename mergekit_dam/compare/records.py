@@ -12,6 +12,7 @@ from mergekit_dam.coefficients import Frozen
 from mergekit_dam.errors import DamError
 
 RESULTS = "results.json"
+Kind = Literal["source", "base", "merge"]
 
 
 class Cost(Frozen):
@@ -50,7 +51,7 @@ class Entry(Frozen):
     """One line of the table."""
 
     name: str
-    kind: Literal["source", "base", "merge"]
+    kind: Kind
     scores: tuple[Scores, ...] = ()  # one for each source; none where it was left out
     reason: str | None = None  # why it was left out
     cost: Cost | None = None  # of merges
@@ -68,11 +69,12 @@ class Results(Frozen):
     entries: tuple[Entry, ...] = ()
 
     def with_entry(self, entry: Entry) -> "Results":
-        kept = tuple(e for e in self.entries if e.name != entry.name)
+        kept = tuple(e for e in self.entries if (e.name, e.kind) != (entry.name, entry.kind))
         return self.model_copy(update={"entries": (*kept, entry)})
 
-    def find(self, name: str) -> Entry | None:
-        return next((e for e in self.entries if e.name == name), None)
+    def find(self, name: str, kind: Kind = "merge") -> Entry | None:
+        """A model may have the name of a method."""
+        return next((e for e in self.entries if (e.name, e.kind) == (name, kind)), None)
 
 
 def mean(entry: Entry, field: str) -> float | None:
@@ -85,7 +87,7 @@ def mean(entry: Entry, field: str) -> float | None:
 def retention(entry: Entry, results: Results) -> list[float | None]:
     """For each source: the exact matches over the source's own; where its rows have no answers,
     the agreement with the source."""
-    own = [results.find(name) for name in results.sources]
+    own = [results.find(name, "source") for name in results.sources]
     kept: list[float | None] = []
     for number, scores in enumerate(entry.scores):
         best = own[number].scores[number].exact if own[number] and own[number].scores else None
@@ -137,3 +139,16 @@ def merges(results: Results) -> Sequence[Entry]:
 def one_line(values: Mapping[str, Any]) -> str:
     """Chosen parameters, for a table."""
     return ", ".join(f"{key} {value}" for key, value in values.items())
+
+
+def short_name(model: str) -> str:
+    """The last part of a path."""
+    return model.rstrip("/").rpartition("/")[2]
+
+
+def short_names(names: Sequence[str]) -> dict[str, str]:
+    """Model -> the last part of its path, or the whole where two have the same."""
+    ends = [short_name(name) for name in names]
+    return {
+        name: name if ends.count(end) > 1 else end for name, end in zip(names, ends, strict=True)
+    }

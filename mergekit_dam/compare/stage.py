@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -150,14 +151,14 @@ class _Comparison:
 
     def _models(self, ground: Ground) -> None:
         """The sources and the base, each on all rows."""
-        students: dict[str, tuple[str, Callable[[], Student]]] = {
+        students: dict[str, tuple[records.Kind, Callable[[], Student]]] = {
             str(source): ("source", lambda number=number: ground.source(number))
             for number, source in enumerate(self._plan.sources)
         }
         if self._plan.base is not None and str(self._plan.base) not in students:
             students[str(self._plan.base)] = ("base", ground.base)
         for name, (kind, student) in students.items():
-            if self._results.find(name) is None:
+            if self._results.find(name, kind) is None:
                 self._add(_scored(Entry(name=name, kind=kind), lambda s=student: ground.score(s())))
 
     def _merge(self, name: str, ground: Ground) -> Entry:
@@ -193,10 +194,10 @@ class _Comparison:
 
     def _write_config(self, name: str, candidate: Candidate) -> str:
         path = Path("configs") / f"{_file_name(name)}.yml"
-        device = " --cuda" if "cuda" in self._options.device else ""
-        command = f"mergekit-yaml {path.name} OUT --random-seed {SEED}{device}"
+        flags = [f"--random-seed={SEED}", *(["--cuda"] if "cuda" in self._options.device else [])]
+        command = shlex.join(["mergekit-yaml", str(self._out / path), "OUT", *flags])
+        head = f"# {command}\n# makes this merge (with the flags for models that were given).\n"
         body = yaml.safe_dump(candidate.document, sort_keys=False)
-        head = f"# {name}: {command}\n# (in the folder where `mergekit-dam compare` ran)\n"
         records.write_text(self._out / path, head + body)
         return str(path)
 

@@ -11,6 +11,8 @@ from mergekit_dam.compare.records import (
     merges,
     one_line,
     retention,
+    short_name,
+    short_names,
     write_text,
 )
 
@@ -25,7 +27,8 @@ EXPLAINED = (
     "likeliest next token is the source's. Exact match: answers that greedy decoding gives to the "
     "last token. Retention: exact match over the source's own, or agreement where the rows have "
     "no answers. Cost is that of finding the merge: passes are rows through one model, teachers "
-    "included, and tokens the positions they computed. Peak memory is {memory}."
+    "included, and tokens the positions they computed. Peak memory is the GPU's "
+    "where there is one, else that of the process."
 )
 
 
@@ -35,7 +38,7 @@ def line(entry: Entry) -> str:
         return f"{entry.name}: left out: {entry.reason}"
     exact = mean(entry, "exact")
     shown = "" if exact is None else f", exact match {exact:.3f}"
-    return f"{entry.name}: KL {mean(entry, 'kl'):.4f}{shown}"
+    return f"{short_name(entry.name)}: KL {mean(entry, 'kl'):.4f}{shown}"
 
 
 def write(out: Path, results: Results, say) -> None:
@@ -72,10 +75,9 @@ def as_text(results: Results) -> str:
 
 
 def as_markdown(results: Results, pictures: Sequence[str]) -> str:
-    on_gpu = any(e.cost and e.cost.peak_memory for e in results.entries)
     parts = [
         "# Comparison",
-        EXPLAINED.format(memory="the GPU's, or that of the process on a CPU" if on_gpu else "-"),
+        EXPLAINED,
         _piped(COLUMNS, _rows(results)),
         *(f"![{Path(name).stem}]({name})" for name in pictures),
         "## Retention of each source",
@@ -102,9 +104,10 @@ def _rows(results: Results) -> list[tuple[str, ...]]:
     """The models first, then the merges from the worst to the best."""
     models = [e for e in results.entries if e.kind != "merge" and e.scores]
     ordered = sorted(merges(results), key=lambda e: mean(e, "kl"), reverse=True)
+    names = short_names([entry.name for entry in [*models, *ordered]])
     return [
         (
-            entry.name,
+            names[entry.name],
             f"{mean(entry, 'kl'):.4f}",
             f"{mean(entry, 'perplexity'):.4g}",
             _number(mean(entry, "agreement")),
@@ -131,12 +134,13 @@ def _cost(cost: Cost | None) -> tuple[str, ...]:
 
 def _by_source(results: Results, values, pattern: str) -> str:
     """One line for each model and merge, one column for each source."""
+    names = short_names([entry.name for entry in results.entries])
     lines = []
     for entry in results.entries:
         if entry.scores:
             cells = ["-" if v is None else pattern.format(v) for v in values(entry)]
-            lines.append((entry.name, *cells))
-    return _piped(("merge", *results.sources), lines)
+            lines.append((names[entry.name], *cells))
+    return _piped(("merge", *(names.get(name, name) for name in results.sources)), lines)
 
 
 def _piped(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
