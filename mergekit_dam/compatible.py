@@ -113,12 +113,14 @@ def _require_all_modules(
     if not merge.modules:
         return
     name, known = config.architectures[0], ", ".join(architecture.modules)
-    for module in merge.modules.keys() - architecture.modules.keys():
-        raise DamError(f"`modules.{module}` is no module of {name}: they are {known}.")
-    for module in architecture.modules.keys() - merge.modules.keys():
+    for module in merge.modules:
+        if module not in architecture.modules:
+            raise DamError(f"`modules.{module}` is no module of {name}: they are {known}.")
+    if lacking := [module for module in architecture.modules if module not in merge.modules]:
         raise DamError(
-            f"`modules` lacks {module}, without which the merge would be no whole {name} (its "
-            f"modules are {known}): add it, with `models` whose `weight` is the rule for it."
+            f"`modules` lacks {' and '.join(lacking)}, without which the merge would be no whole "
+            f"{name} (its modules are {known}): add them, with `models` whose `weight` is the rule "
+            "for them."
         )
 
 

@@ -124,10 +124,15 @@ def _combine_part(
 ) -> None:
     accumulator = _accumulator(sources)
     merged = out if out.dtype == accumulator else torch.empty_like(out, dtype=accumulator)
-    merged.copy_(base) if base is not None else merged.zero_()
-    subtracted = None if prepared else base
+    merged.zero_()
     for coefficient, source in zip(coefficients, sources, strict=True):
-        merged.addcmul_(_difference(source, subtracted), coefficient.to(accumulator))
+        factor = coefficient.to(accumulator)
+        if base is None:
+            merged.addcmul_(source, factor)
+        else:  # rounded as mergekit rounds task vectors, the base last: bit for bit the same
+            merged.add_(_difference(source, None if prepared else base) * factor)
+    if base is not None:
+        merged.add_(base)
     if merged is not out:
         out.copy_(merged)
 

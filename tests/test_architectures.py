@@ -136,7 +136,7 @@ def test_modules_of_a_model_with_several_parts(recipe, tmp_path):
     )
     assert others == [first, first]
     lacking = refusal("mergekit-dam", "check", in_modules(recipe(models, **keys), modules[:1]))
-    assert f"`modules` lacks {modules[1]}" in lacking
+    assert f"`modules` lacks {' and '.join(modules[1:])}, without" in lacking
     message = refusal("mergekit-dam", "check", in_modules(recipe(models, **keys), ["txt"]))
     assert "`modules.txt` is no module of" in message
 

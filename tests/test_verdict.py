@@ -52,5 +52,6 @@ def test_the_average_is_not_evaluated_twice():
     figures = figures_of(1.0)
     half = torch.full((2, 1, 4), 0.5)
     lacking = torch.cat([half, torch.zeros(1, 1, 4)])  # of a source without the tensor
-    assert at_start({"a": half, "b": lacking * 1}, figures, evaluate=None) is figures
+    number = torch.tensor([0.5, 0.5])  # of a tensor that is a single number
+    assert at_start({"a": half, "b": lacking, "c": number}, figures, evaluate=None) is figures
     assert at_start({"a": half, "b": half * 0.9}, figures, lambda: "evaluated") == "evaluated"

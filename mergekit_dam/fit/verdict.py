@@ -22,7 +22,7 @@ def at_start(
 
 def _is_average(coefficients: Tensor) -> bool:
     """Zeros belong to sources that lack the tensor."""
-    present = coefficients[coefficients.flatten(1).any(1)]
+    present = coefficients[coefficients.reshape(len(coefficients), -1).any(1)]
     return bool((present == 1 / max(len(present), 1)).all())
 
 
