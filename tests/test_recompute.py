@@ -120,3 +120,32 @@ def test_auto_takes_the_fastest_that_fits(free, mode):
     assert (mode in why and " B" in why) or "KB" in why
     settings = Settings(data=(), recompute="weights")
     assert choose_recompute(settings, needs, free) == ("weights", "")
+
+
+def test_a_step_takes_no_more_than_was_predicted(recipe, tmp_path):
+    """The peak of this process' own memory, on a model large enough to be seen."""
+    from benchmarks.measuring import Peak
+
+    from mergekit_dam.config.settings import Objective
+    from mergekit_dam.data import Row, SourceData
+    from mergekit_dam.fit.batches import batch
+    from mergekit_dam.fit.memory import needs
+    from mergekit_dam.fit.objective import Distillation
+    from mergekit_dam.model import build_skeleton
+
+    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
+    config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes, "num_hidden_layers": 4})
+    models = tiny.save_models(tmp_path, config, 2)
+    rows = [Row([1] * 512), Row([2] * 512)]
+    data = [SourceData([row], [row]) for row in rows]
+    fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu", data=data)
+    skeleton = build_skeleton(config, frozenset(fitted.merged.coefficients()))
+    expected = needs(config, skeleton, torch.float32, 1024)
+    distillation, inputs = Distillation(fitted.merged, Objective()), batch(rows, [0, 1])
+    for mode in MODES:
+        fitted.merged.recompute = mode
+        distillation(**inputs)["loss"].backward()
+        distillation.zero_grad()
+        with Peak("cpu") as peak:
+            distillation(**inputs)["loss"].backward()
+        assert 0.3 * expected.of(mode) < peak.most < 1.15 * expected.of(mode), mode

@@ -1,13 +1,18 @@
 """What a fit will need, from the plan and the headers alone."""
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
+from typing import get_args
+
+import torch
 
 from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.config.settings import Settings
+from mergekit_dam.fit.memory import Needs, needs, size
 from mergekit_dam.formula import coefficient_shape
-from mergekit_dam.model import Role, Skeleton, build_skeleton
+from mergekit_dam.model import Recompute, Role, Skeleton, build_skeleton
 from mergekit_dam.plan import Plan
 
 
@@ -22,7 +27,9 @@ class Estimate:
     coefficients: int  # numbers in the file
     trained: int  # of them trained
     weights: int  # of all sources together
-    activations: int  # of a step
+    tokens: int  # of a step whose rows are as long as `max_length` lets them be
+    step: dict[str, int]  # `recompute` -> what a step takes beside them
+    seconds: float  # of a step, with whole blocks made again
     file: int
 
     def __str__(self) -> str:
@@ -30,13 +37,15 @@ class Estimate:
             f"{self.unreached_tensors} output tensors keep the plain average, since no text "
             "reaches them\n"
         )
+        steps = ", ".join(f"{size(b)} (recompute: {mode})" for mode, b in self.step.items())
         return (
             f"{self.sources} sources, {self.output_tensors} output tensors, "
             f"{self.trained_tensors} of them with trained coefficients\n"
             f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
-            f"memory: weights {_size(self.weights)}, activations about {_size(self.activations)}; "
-            f"coefficient file {_size(self.file)}"
+            f"memory: weights {size(self.weights)}; a step of {self.tokens:,} tokens, which is the "
+            f"most, about {steps}, in about {self.seconds:.2g} s\n"
+            f"disk: coefficient file {size(self.file)}, checkpoints {size(6 * self.file)}"
         )
 
 
@@ -49,12 +58,20 @@ def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
     )
 
 
-def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Estimate:
+def estimate(
+    plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton, device: str
+) -> Estimate:
     counts = {
         name: prod(_coefficient_shape(name, skeleton, settings, shapes)) * len(plan.sources)
         for name in shapes.names()
     }
     trained = {n for n, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
+    positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
+    length = min(settings.max_length, positions or settings.max_length)
+    tokens = settings.batch_size * len(plan.sources) * length
+    dtype = _compute_dtype(settings, device)
+    trusted = plan.options.trust_remote_code
+    found = needs(plan.model_config, skeleton, dtype, tokens, trust_remote_code=trusted)
     return Estimate(
         sources=len(plan.sources),
         output_tensors=len(counts),
@@ -63,7 +80,9 @@ def estimate(plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Ske
         coefficients=sum(counts.values()),
         trained=sum(counts[name] for name in trained),
         weights=shapes.bytes(),
-        activations=_activations(plan, settings),
+        tokens=tokens,
+        step={mode: found.of(mode) for mode in get_args(Recompute)},
+        seconds=_seconds(found, plan.model_config.get_text_config().hidden_size, dtype, device),
         file=4 * sum(counts.values()),
     )
 
@@ -99,19 +118,22 @@ def _coefficient_shape(
     )
 
 
-def _activations(plan: Plan, settings: Settings) -> int:
-    """Rows of full length: each block's input, and the logits of merge and teacher with their
-    log-probabilities and gradient, in float32."""
-    config = plan.model_config.get_text_config()
-    tokens = settings.batch_size * len(plan.sources) * settings.max_length
-    hidden = tokens * config.hidden_size * (config.num_hidden_layers + 8)
-    return 4 * (hidden + 4 * tokens * config.vocab_size)
+def _compute_dtype(settings: Settings, device: str) -> torch.dtype:
+    """As the fit will choose it, for sources in half precision."""
+    if settings.compute_dtype != "auto":
+        return getattr(torch, settings.compute_dtype)
+    return torch.float32 if device == "cpu" else torch.bfloat16
 
 
-def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
+def _seconds(found: Needs, width: int, dtype: torch.dtype, device: str) -> float:
+    """Five forward passes' worth of matrix products (merge, teachers, recomputation, two backward)
+    at the speed of a product of the model's width here."""
+    rows = 512
+    a, b = torch.rand(rows, width, dtype=dtype, device=device), torch.eye(width).to(device, dtype)
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        times.append(time.perf_counter() - start)
+    speed = 2 * rows * width**2 / min(times)
+    return 5 * 2 * found.tokens * found.weights / dtype.itemsize / speed

@@ -79,7 +79,8 @@ def check(
         try:
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
-            result = Outlook(estimate(plan, settings, shapes, skeleton), tuple(previews))
+            found = estimate(plan, settings, shapes, skeleton, choose_device(device))
+            result = Outlook(found, tuple(previews))
         except DamError as error:
             problems.append(error.message)
     if problems:

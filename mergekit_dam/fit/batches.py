@@ -31,7 +31,8 @@ class ByLength(torch.utils.data.Sampler):
     """A random order in which a step's rows of one source are about equally long, and long rows of
     one source come with long ones of the others.
 
-    An item is one row number for each source. The order is that of its seed and epoch alone.
+    An item is one row number for each source. The order is that of its seed and epoch alone. The
+    last step of an epoch is filled up with rows from its beginning.
     """
 
     def __init__(self, rows: StepRows, step: int, seed: int):  # `step`: items of all processes
@@ -41,7 +42,7 @@ class ByLength(torch.utils.data.Sampler):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return -(-len(self._rows) // self._step) * self._step
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         chance = random.Random(f"{self._seed} {self._epoch}")
@@ -64,9 +65,8 @@ class ByLength(torch.utils.data.Sampler):
         ]
         items = list(zip(*by_length, strict=True))
         steps = [items[i : i + self._step] for i in range(0, len(items), self._step)]
-        last = steps.pop() if len(steps[-1]) < self._step else []  # a short one ends the epoch
         chance.shuffle(steps)
-        for step in [*steps, last]:
+        for step in steps:
             yield from step
 
 

@@ -10,12 +10,14 @@ from transformers import PretrainedConfig
 from mergekit_dam.config import Settings
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.chunks import CHUNK
 from mergekit_dam.model import Offload, Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.plan import Plan
 
 # What `auto` lets take of the free memory: a step, and the sources.
 STEP = 0.5
+COPIES = 9  # of a chunk's logits in the losses of merge and source, and in their gradients
 SOURCES = 0.7
 
 
@@ -27,14 +29,15 @@ class Needs:
     kept: Activations  # for each token
     weights: int  # of the merged model
     block: int  # of its largest block
+    head: int = 0  # the head's weights and their gradients
+    logits: int = 0  # those of a chunk of tokens, in float32
 
     def of(self, recompute: Recompute) -> int:
-        """What lives between forward and backward, and the weights and gradients of a block."""
-        if recompute == "none":
-            return int(self.tokens * self.kept.all) + self.weights + self.block
-        if recompute == "weights":
-            return int(self.tokens * self.kept.all) + 3 * self.block
-        return int(self.tokens * (self.kept.inputs + self.kept.largest)) + 3 * self.block
+        """The peak: while the head's losses are computed, or a block's gradients."""
+        kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
+        again = self.tokens * self.kept.largest if recompute == "block" else 0
+        held = self.weights if recompute == "none" else 0
+        return int(kept + held + max(self.head + COPIES * self.logits, again + 3 * self.block))
 
 
 def needs(
@@ -48,11 +51,15 @@ def needs(
     sizes = [
         sum(parameter.numel() for parameter in block.parameters()) for _, block in skeleton.blocks()
     ]
+    text = config.get_text_config()
+    vocabulary, width = text.vocab_size, text.hidden_size
     return Needs(
         tokens=tokens,
         kept=measure(config, dtype, trust_remote_code=trust_remote_code),
         weights=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
+        head=vocabulary * width * (2 * dtype.itemsize + 4),
+        logits=4 * min(tokens * vocabulary, CHUNK),
     )
 
 

@@ -1,0 +1,91 @@
+"""Alternating measurements in one process: medians, ratios and peaks of memory."""
+
+import ctypes
+import gc
+import platform
+import statistics
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+
+Step = Callable[[], None]
+
+
+class Peak:
+    """The most memory that a step has beyond what was there before it, in bytes.
+
+    On CUDA the allocator's; on the CPU the process' own resident pages (`RssAnon`), so that the
+    memory-mapped files of the sources do not count.
+    """
+
+    def __init__(self, device: str):
+        self._is_cuda, self.most = device.startswith("cuda"), 0
+
+    def __enter__(self) -> "Peak":
+        gc.collect()
+        if self._is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)
+            self._before, self._ends = _resident(), threading.Event()
+            self._watch = threading.Thread(target=self._sample)
+            self._watch.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._ends.wait(0.002):
+            self.most = max(self.most, _resident() - self._before)
+
+    def __exit__(self, *_) -> None:
+        if self._is_cuda:
+            self.most = torch.cuda.max_memory_allocated() - self._before
+        else:
+            self._ends.set()
+            self._watch.join()
+
+
+def _resident() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+def alternate(steps: Mapping[str, Step], repeat: int, device: str) -> dict[str, list[float]]:
+    """Seconds of each step, one after the other, `repeat` times; once before to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(repeat + 1):
+        for name, step in steps.items():
+            _synchronise(device)
+            start = time.perf_counter()
+            step()
+            _synchronise(device)
+            if number:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronise(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def table(seconds: Mapping[str, list[float]], peaks: Mapping[str, int], first: str) -> str:
+    """A Markdown table; ratios are medians of the ratios within each round."""
+    lines = ["| | seconds, median | ratio to the first | peak memory, MB |", "|---|---:|---:|---:|"]
+    for name, own in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(own, seconds[first], strict=True))
+        lines.append(
+            f"| {name} | {statistics.median(own):.3g} | {ratio:.2f} | {peaks[name] / 1e6:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def machine(device: str) -> str:
+    kind = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor()
+    if not device.startswith("cuda"):
+        names = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("model name\t: ")[2]
+        kind = f"{names.partition(chr(10))[0] or kind}, {torch.get_num_threads()} threads"
+    return f"{kind}, torch {torch.__version__}"
