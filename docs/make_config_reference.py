@@ -166,7 +166,9 @@ dam:
 Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE.fit/`, where FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
 or a row of data has changed, `report_to`, `recompute` and `offload` excepted. The folder is removed
-when the fit is done.
+when the fit is done. With `teacher: cached` the sources' states are in `FILE.teachers/` as long: a
+folder that a killed fit leaves is used by the next one for what it has of the same sources and
+rows.
 
 ## Logs
 

@@ -77,7 +77,7 @@ def test_values_and_gradients_equal_the_loss_of_all_logits(make, name, in_small_
     expected = whole(merged, inputs)
     objective = OBJECTIVE.model_copy(update={"similarity": 0.0})
     found = Distillation(merged, objective)(**inputs)["loss"]
-    assert not merged._split._is_whole
+    assert not merged._split.is_whole
     torch.testing.assert_close(found, expected)
     plain = gradients(merged, expected)
     for tensor, gradient in gradients(merged, 3 * found).items():

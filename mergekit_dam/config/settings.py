@@ -218,6 +218,11 @@ class Settings(_Block):
         description="dtype of the fit's forward passes; auto: float32 on a CPU, on a GPU the "
         "models' own with bfloat16 for float16; coefficients are float32 always",
     )
+    teacher: Literal["live", "cached"] = Field(
+        "live",
+        description="`cached`: each source's states on its rows are computed once and kept on disk "
+        "beside the checkpoints, which pays where rows are seen more than once",
+    )
     recompute: Literal["auto", "block", "weights", "none"] = Field(
         "auto",
         description="what the backward pass makes again: whole blocks, their merged weights alone, "

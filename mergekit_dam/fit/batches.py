@@ -26,6 +26,9 @@ class StepRows(torch.utils.data.Dataset):
     def __getitem__(self, numbers: Sequence[int]) -> list[Row]:
         return [rows[number] for rows, number in zip(self._rows, numbers, strict=True)]
 
+    def row(self, source: int, number: int) -> Row:
+        return self._rows[source][number]
+
 
 class ByLength(torch.utils.data.Sampler):
     """A random order in which a step's rows of one source are about equally long, and long rows of

@@ -1,7 +1,7 @@
 """What the fit minimises: distillation terms over each source's own rows, and the terms on the
 coefficients (arXiv 2410.08371, section 3.2)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ COMPARISONS = {
     "entropy": losses.entropy,
 }
 
+# Source, input_ids, lengths and starts of some of its rows -> its states, as `row_states` has them.
+Teach = Callable[[int, Tensor, Tensor, Tensor], list[Tensor]]
+
 
 class Distillation(nn.Module):
     """Loss of a step. Its parameters are the merged model's coefficients, and no others."""
@@ -29,8 +32,10 @@ class Distillation(nn.Module):
         merged: MergedModel,
         objective: Objective,
         known_tokens: Sequence[Tensor | None] = (),  # for each source, see `Plan.known_tokens`
+        teach: Teach | None = None,  # default: the sources' own models, now
     ):
         super().__init__()
+        self._teach = teach or (lambda source, *rows: row_states(merged, *rows, source))
         self.merged = merged
         self._known = dict(enumerate(known_tokens))
         self._objective = objective
@@ -66,7 +71,7 @@ class Distillation(nn.Module):
         self, source: int, count: float, input_ids: Tensor, lengths: Tensor, starts: Tensor
     ) -> Terms:
         """The terms of one source on its own rows: sums over tokens, divided by `count`."""
-        states = torch.cat(row_states(self.merged, input_ids, lengths, starts, source))
+        states = torch.cat(self._teach(source, input_ids, lengths, starts))
         head = self.merged.head(source)
 
         def terms(student: Tensor, chunk: slice) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """The fit, from a recipe to the coefficient file."""
 
 import functools
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import teachers
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
@@ -30,7 +32,7 @@ from mergekit_dam.fit.memory import (
     require_memory,
     size_of_sources,
 )
-from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpoint, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import prepare_as, start, trained_tensors
@@ -86,6 +88,7 @@ def fit(
     if is_main_process():
         files.save(out, prepared.merged.coefficients(), header)
         discard(folder)
+        teachers.discard(_states_of(folder))
     return header
 
 
@@ -241,9 +244,10 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
     if settings.max_steps:
         if checkpoint is None:
             beginning = at_start(merged.coefficients(), before, figures)
+        rows = StepRows(prepared.data)
         trainer = build_trainer(
-            Distillation(merged, settings.objective, known),
-            StepRows(prepared.data),
+            Distillation(merged, settings.objective, known, _teachers(prepared, rows, folder)),
+            rows,
             settings,
             folder,
             device=merged.device.type,
@@ -260,6 +264,28 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
         warn_if_worse(beginning, after)
     results = files.Results(average=before, fit=after, history=losses, held_out=curve)
     return prepared.header.model_copy(update={"results": results})
+
+
+def _teachers(prepared: Fit, rows: StepRows, folder: Path) -> teachers.KeptTeachers | None:
+    """None: they teach live."""
+    settings = prepared.settings
+    if settings.teacher == "live" or not any(
+        getattr(settings.objective, name) for name in COMPARISONS
+    ):
+        return None
+    kept = teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared))
+    kept.keep(teachers.rows_of_a_fit(rows, settings, int(os.environ.get("WORLD_SIZE", "1"))))
+    return kept
+
+
+def _states_of(folder: Path) -> Path:
+    return folder.with_suffix(".teachers")
+
+
+def _teaching(prepared: Fit) -> str:
+    """What the sources' states depend on, besides the rows."""
+    own = {k: v for k, v in prepared.identity.items() if not k.startswith("dam.")}
+    return digest({**own, "dtype": str(prepared.merged.dtype)})
 
 
 def _require_finite(merged: MergedModel, folder: Path) -> None:

@@ -83,6 +83,11 @@ class MergedModel(nn.Module):
         return self.model.config.get_text_config().vocab_size
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the forward pass."""
+        return self._dtype
+
+    @property
     def device(self) -> torch.device:
         return self._device
 
@@ -161,6 +166,10 @@ class MergedModel(nn.Module):
         ]
         with self._seen_as(self._view if view is None else view):
             return Head(self, self._split, {block.path: block.weights() for block in inside})
+
+    def has_head(self, source: int) -> bool:
+        """Whether a source's states are something else than its logits; known after a pass."""
+        return not self._teachers.get(source, self)._split.is_whole
 
     def as_average(self):
         """A context in which the model is the plain average of its sources."""

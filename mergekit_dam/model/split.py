@@ -25,24 +25,24 @@ class Split:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._answer: type | None = None  # what the inner model returns
-        self._is_whole = model.base_model is model
+        self.is_whole = model.base_model is model
 
     def states(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, width]
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
-        if not self._is_whole:
+        if not self.is_whole:
             outputs = self._inner_outputs(input_ids)
             if self._answer is None:
                 self._find_out(outputs, input_ids)
-        if self._is_whole:
+        if self.is_whole:
             return self._model(input_ids=input_ids, use_cache=False).logits
         return outputs[0]
 
     def logits(self, states: Tensor) -> Tensor:  # [tokens, width] -> [tokens, vocabulary]
-        return states if self._is_whole else self._tail(states[None])[0]
+        return states if self.is_whole else self._tail(states[None])[0]
 
     def in_head(self, module: nn.Module) -> bool:
         """Whether a module belongs to the second part."""
-        if self._is_whole:
+        if self.is_whole:
             return False
         return all(module is not inner for inner in self._model.base_model.modules())
 
@@ -70,9 +70,9 @@ class Split:
             parts = states.flatten(0, 1).split(2)
             found = torch.cat([self._tail(part[None])[0] for part in parts])
             bound = torch.finfo(found.dtype).eps ** 0.5 / 4 * expected.abs().max()
-            self._is_whole = not bool((found - expected).abs().max() <= bound)
+            self.is_whole = not bool((found - expected).abs().max() <= bound)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
-            self._is_whole = True
+            self.is_whole = True
 
     def _tail(self, states: Tensor) -> Tensor:  # [rows, length, width] -> [.., .., vocabulary]
         kind = self._answer

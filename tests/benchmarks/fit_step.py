@@ -7,6 +7,7 @@ and activations) and fit steps run alternately in this process.
 """
 
 import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -22,6 +23,7 @@ from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.teachers import KeptTeachers
 from tests import tiny
 from tests.benchmarks.measuring import Peak, alternate, machine, table
 
@@ -59,11 +61,9 @@ def main(shape, sources, rows, length, repeat, device, offload, cap) -> None:
         models = [save(Path(folder) / f"m{n}", config, n, dtype) for n in range(sources)]
         ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
         steps = {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
-        for where in offload:
-            for recompute in ("block", "weights", "none") if where == "none" else ("weights",):
-                name = f"fit, recompute: {recompute}, offload: {where}"
-                own = {"recompute": recompute, "offload": where}
-                steps[name] = _fit_step(Path(folder), models, ids, dtype, device, own)
+        for own in _settings(offload):
+            name = ", ".join(f"{key}: {value}" for key, value in own.items())
+            steps[name] = _fit_step(Path(folder), models, ids, dtype, device, own)
         peaks = {}
         for name, step in steps.items():
             step()
@@ -71,6 +71,13 @@ def main(shape, sources, rows, length, repeat, device, offload, cap) -> None:
                 step()
             peaks[name] = peak.most
         print(table(alternate(steps, repeat, device), peaks, PLAIN))
+
+
+def _settings(offload: Iterable[str]) -> Iterator[dict[str, str]]:
+    for where in offload:
+        for recompute in ("block", "weights", "none") if where == "none" else ("weights",):
+            for teacher in ("live", "cached") if recompute != "none" else ("live",):
+                yield {"recompute": recompute, "teacher": teacher, "offload": where}
 
 
 def save(folder: Path, config, seed: int, dtype: torch.dtype) -> Path:
@@ -105,7 +112,11 @@ def _fit_step(folder: Path, models, ids, dtype: torch.dtype, device: str, own: d
     recipe = read_recipe(str(folder / "config.yml"))
     fit = prepare(recipe, MergeOptions(quiet=True, num_threads=torch.get_num_threads()),
                   device=device, data=data)  # fmt: skip
-    distillation = Distillation(fit.merged, Objective())
+    kept = None
+    if own["teacher"] == "cached":
+        kept = KeptTeachers(fit.merged, folder / "teachers", "")
+        kept.keep([source.train for source in data])
+    distillation = Distillation(fit.merged, Objective(), teach=kept)
     stepped = StepRows(data)
     items = [stepped[(number,) * len(data)] for number in range(len(stepped))]
     inputs = {key: value.to(device) for key, value in collate(items).items()}

@@ -1,0 +1,139 @@
+"""What the sources make of their rows, computed once and kept on disk.
+
+A source's final states are kept, in the dtype of the forward pass: [tokens, width], much smaller
+than its logits, which its head makes of them anew. A pass over the rows of one source needs that
+source's weights alone.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mergekit_dam.config import Settings
+from mergekit_dam.data import Row
+from mergekit_dam.errors import DamError
+from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fit.batches import ByLength, StepRows, batch
+from mergekit_dam.fit.objective import row_states
+from mergekit_dam.model import MergedModel
+
+TOKENS = 8192  # of a pass, which is a file
+FILE = re.compile(r"\d+-[0-9a-f]{24}\.(\d+\.partial|safetensors)")
+
+
+class KeptTeachers:
+    """Gives a source's states on rows, from files where they are there.
+
+    A file's name is made of its rows and of `fingerprint`, which stands for the source and all
+    else that the states depend on: what belongs to another fit is never taken for this one's.
+    """
+
+    def __init__(self, merged: MergedModel, folder: Path, fingerprint: str):
+        self._merged, self._folder, self._fingerprint = merged, folder, fingerprint
+        self._files: dict[tuple[int, str], Path] = {}
+
+    def __call__(
+        self, source: int, input_ids: Tensor, lengths: Tensor, starts: Tensor
+    ) -> list[Tensor]:
+        """For each row [tokens, width], as `row_states` does it."""
+        keys = [
+            _key(Row(ids[:length].tolist(), start))
+            for ids, length, start in zip(input_ids, lengths.tolist(), starts.tolist(), strict=True)
+        ]
+        if any((source, key) not in self._files for key in keys):
+            return row_states(self._merged, input_ids, lengths, starts, source)
+        found = [self._read(self._files[source, key], key) for key in keys]
+        return [states.to(input_ids.device) for states in found]
+
+    def keep(self, rows: Sequence[Sequence[Row]]) -> None:
+        """Compute what is not there yet, one source after the other.
+
+        Killed at any moment, it goes on where it was. Raises DamError for a full disk.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for source, own in enumerate(rows):
+            for together in _passes({_key(row): row for row in own}.values()):
+                path = self._folder / f"{self._name(source, together)}.safetensors"
+                if not (path.exists() and is_whole(path)):
+                    self._write(path, source, together)
+                self._files |= {(source, _key(row)): path for row in together}
+
+    @torch.no_grad()
+    def _write(self, path: Path, source: int, rows: Sequence[Row]) -> None:
+        inputs = batch(rows, [source] * len(rows))
+        ids, lengths, starts = (
+            inputs[name].to(self._merged.device) for name in ("input_ids", "lengths", "starts")
+        )
+        states = row_states(self._merged, ids, lengths, starts, source)
+        if not self._merged.has_head(source):
+            raise DamError(
+                "This model cannot be taken apart before its head, so its teachers' states cannot "
+                "be kept: set `dam.teacher: live`."
+            )
+        # Copies: rows that were computed together share their storage.
+        tensors = {_key(r): s.clone().cpu() for r, s in zip(rows, states, strict=True)}
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial)
+            os.replace(partial, path)
+        except Exception as error:  # safetensors has an exception of its own for a full disk
+            partial.unlink(missing_ok=True)
+            raise DamError(
+                f"The teachers' states cannot be kept in {self._folder} ({error}): make room and "
+                "start again, which goes on from there, or set `dam.teacher: live`."
+            ) from error
+
+    def _read(self, path: Path, key: str) -> Tensor:
+        with safe_open(path, "pt") as file:
+            return file.get_tensor(key)
+
+    def _name(self, source: int, rows: Sequence[Row]) -> str:
+        digest = hashlib.sha256(f"{self._fingerprint} {source}".encode())
+        for row in rows:
+            digest.update(_key(row).encode())
+        return f"{source}-{digest.hexdigest()[:24]}"
+
+
+def discard(folder: Path) -> None:
+    """Remove what such fits have kept in a folder, and the folder if nothing else is in it."""
+    for path in folder.glob("*"):
+        if FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def rows_of_a_fit(rows: StepRows, settings: Settings, processes: int) -> list[list[Row]]:
+    """For each source the rows that the steps will see, each once."""
+    step = settings.batch_size * processes
+    order = ByLength(rows, step, settings.seed)
+    wanted = settings.max_steps * settings.accumulation * step
+    if settings.max_steps < 0 or wanted >= len(order):
+        wanted = len(order)  # an epoch has every row
+    items = [item for _, item in zip(range(wanted), order, strict=False)]
+    numbers = [sorted({item[source] for item in items}) for source in range(len(rows.lengths))]
+    return [[rows.row(source, n) for n in own] for source, own in enumerate(numbers)]
+
+
+def _passes(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Rows of similar length, some thousands of tokens together."""
+    together: list[Row] = []
+    for row in sorted(rows, key=len):
+        if together and (len(together) + 1) * len(row) > TOKENS:
+            yield together
+            together = []
+        together.append(row)
+    if together:
+        yield together
+
+
+def _key(row: Row) -> str:
+    return hashlib.sha256(f"{row.start} {row.ids}".encode()).hexdigest()[:24]

@@ -1,0 +1,148 @@
+"""Teachers whose states are kept on disk: the same fit, without their passes in each step."""
+
+import os
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import read_recipe
+from mergekit_dam.errors import DamError
+from mergekit_dam.fit import fit, teachers
+from mergekit_dam.fit.batches import StepRows
+from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.trainer import CoefficientTrainer
+from mergekit_dam.model import MergedModel
+
+QUIET = MergeOptions(quiet=True)
+CACHED = {"teacher": "cached", "steps": 8, "batch_size": 4, "checkpoint_every": 2}
+
+
+@pytest.fixture(autouse=True)
+def small_files(monkeypatch):
+    monkeypatch.setattr(teachers, "TOKENS", 60)
+
+
+@pytest.fixture
+def path(recipe, tmp_path) -> str:
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["gemma2"], 2)
+    return str(recipe(models, dam=CACHED))
+
+
+def fitted(path: str, out: Path, **options) -> CoefficientFile:
+    fit(read_recipe(path), str(out), QUIET, device="cpu", **options)
+    return CoefficientFile(out)
+
+
+def test_the_fit_is_that_of_live_teachers(recipe, path, tmp_path):
+    cached = fitted(path, tmp_path / "cached.safetensors")
+    text = Path(path).read_text().replace("teacher: cached", "teacher: live")
+    Path(path).write_text(text)
+    live = fitted(path, tmp_path / "live.safetensors")
+    for name in live.names:
+        torch.testing.assert_close(cached.get(name), live.get(name), rtol=0, atol=1e-4)
+    assert not list(tmp_path.glob("*.teachers"))
+
+
+def test_no_teacher_runs_in_a_step(path, tmp_path, monkeypatch):
+    taught, states, step = [], MergedModel.states, CoefficientTrainer.training_step
+    in_step = False
+
+    def watched(self, input_ids, view=None):
+        if in_step:
+            taught.append(view)
+        return states(self, input_ids, view)
+
+    def stepping(self, *args, **kwargs):
+        nonlocal in_step
+        in_step = True
+        result = step(self, *args, **kwargs)
+        in_step = False
+        return result
+
+    monkeypatch.setattr(MergedModel, "states", watched)
+    monkeypatch.setattr(CoefficientTrainer, "training_step", stepping)
+    fitted(path, tmp_path / "out.safetensors")
+    assert set(taught) == {None}
+
+
+def test_killed_while_keeping_it_goes_on_and_ends_the_same(path, tmp_path, monkeypatch):
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "out.safetensors"
+    fitted(path, whole)
+    written, write = [], teachers.KeptTeachers._write
+
+    def killed(self, file, *args):
+        if len(written) == 3:
+            raise KeyboardInterrupt
+        written.append(file.name)
+        write(self, file, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers.KeptTeachers, "_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(path, out)
+    again = []
+    monkeypatch.setattr(
+        teachers.KeptTeachers,
+        "_write",
+        lambda self, file, *args: again.append(file.name) or write(self, file, *args),
+    )
+    fitted(path, out, resume=True)
+    assert again and not set(again) & set(written)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_full_disk_is_told_and_leaves_no_half_file(path, tmp_path, monkeypatch):
+    save, saved = teachers.save_file, []
+
+    def full(tensors, file):
+        save(tensors, file)
+        if len(saved) == 2:
+            os.truncate(file, 100)
+            raise OSError(28, "No space left on device")
+        saved.append(file)
+
+    monkeypatch.setattr(teachers, "save_file", full)
+    with pytest.raises(DamError, match=r"No space left.*make room"):
+        fitted(path, tmp_path / "out.safetensors")
+    kept = list((tmp_path / "out.safetensors.teachers").iterdir())
+    assert len(kept) == 2
+    assert all(teachers.is_whole(file) for file in kept)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_other_data_or_sources_have_other_files(path, tmp_path):
+    def names(changed: str = "") -> set[str]:
+        recipe = read_recipe(path)
+        prepared = prepare(recipe, QUIET, device="cpu")
+        from mergekit_dam.fit.stage import _teaching
+
+        kept = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", _teaching(prepared))
+        kept.keep(teachers.rows_of_a_fit(StepRows(prepared.data), recipe.settings, 1))
+        return {file.name for file in set(kept._files.values())}
+
+    first = names()
+    assert names() == first
+    tiny.save_model(tmp_path / "m1", tiny.CONFIGS["gemma2"], seed=9)
+    assert not first & names()
+
+
+def test_foreign_files_in_the_folder_stay(path, tmp_path):
+    folder = tmp_path / "out.safetensors.teachers"
+    folder.mkdir()
+    (folder / "mine.safetensors").write_text("mine")
+    fitted(path, tmp_path / "out.safetensors")
+    assert [file.name for file in folder.iterdir()] == ["mine.safetensors"]
+
+
+def test_the_rows_of_a_fit_are_those_that_its_steps_see(path, tmp_path, monkeypatch):
+    recipe = read_recipe(path)
+    prepared = prepare(recipe, QUIET, device="cpu")
+    rows = StepRows(prepared.data)
+    few = recipe.settings.model_copy(update={"steps": 2})
+    assert [len(own) for own in teachers.rows_of_a_fit(rows, few, 1)] == [8, 8]
+    everything = teachers.rows_of_a_fit(rows, recipe.settings, 1)
+    assert [len(own) for own in everything] == [len(own) for own in rows.lengths]
