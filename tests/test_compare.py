@@ -318,10 +318,12 @@ def test_slices_keep_their_layers():
 # --- Exact match ----------------------------------------------------------------------------------
 
 
-def test_exact_match_is_greedy_decoding_to_the_last_token(config):
-    merged = prepare(read_recipe(str(config)), OPTIONS, device="cpu").merged
-    _, plan, _ = prepared(config)
-    model = rounded(tiny.load(Path(str(plan.sources[0]))))
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gemma2"])
+def test_exact_match_is_greedy_decoding_to_the_last_token(kind, recipe, tmp_path):
+    path = recipe(tiny.save_models(tmp_path, tiny.CONFIGS[kind], 2))
+    _, plan, _ = prepared(path)
+    merged = prepare(read_recipe(str(path)), OPTIONS, device="cpu").merged
+    model = tiny.load(Path(str(plan.sources[0])))
     prompts = [[1, 5, 9], [1, 7, 7], [1, 30, 12, 8, 4]]
     right = [
         Answer(tuple(ids), tuple(greedy(model, ids, 5))) for ids in prompts
@@ -405,6 +407,12 @@ def test_a_foreign_results_file_is_refused(config, tmp_path):
     assert json.loads((tmp_path / "results.json").read_text()) == {"mine": 1}
 
 
+def test_a_file_is_no_folder(config, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    said = refusal("mergekit-dam", "compare", config, "--out", tmp_path / "out")
+    assert "is a file" in said and (tmp_path / "out").read_text() == "mine"
+
+
 def test_an_unknown_merge_is_refused(config, tmp_path):
     said = refusal("mergekit-dam", "compare", config, "--out", tmp_path, "--only", "tis")
     assert "tis" in said and "ties" in said
@@ -429,3 +437,35 @@ def test_without_the_libraries_it_says_what_to_install(config, tmp_path, monkeyp
     assert "mergekit-dam[evolve]" in results.find("evolution").reason
     assert any("mergekit-dam[report]" in line for line in said)
     assert results.find("karcher").scores and "![" not in (tmp_path / "results.md").read_text()
+
+
+# --- Other shapes of merges -----------------------------------------------------------------------
+
+
+def test_sources_of_different_vocabularies_are_compared_on_the_tokens_they_know(recipe, tmp_path):
+    first, second = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    letters = tiny.LETTERS[::-1]  # the same tokens under other numbers
+    tiny.save_tokenizer(second, letters=letters)
+    path = recipe([first, second], base_model=str(first), tokenizer={"source": "union"})
+    results, _ = run_compare(path, tmp_path / "out", only=["linear", "karcher"])
+    for number, name in enumerate(results.sources):
+        own = results.find(name, "source").scores[number]
+        assert own.kl == pytest.approx(0, abs=1e-6)
+    assert results.find("linear").scores[0].kl > 0.001
+    assert results.find("karcher").scores
+
+
+def test_a_source_with_layers_of_its_own_teaches_as_itself(recipe, tmp_path):
+    """Slices: the merge is another model than its sources."""
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path = recipe(models)
+    document = yaml.safe_load(path.read_text())
+    del document["models"]
+    document["slices"] = [
+        {"sources": [{"model": str(m), "layer_range": [0, 1]} for m in models]},
+        {"sources": [{"model": str(models[1]), "layer_range": [1, 2]}]},
+    ]
+    path.write_text(yaml.safe_dump(document))
+    results, _ = run_compare(path, tmp_path / "out", only=["linear"])
+    assert results.find(str(models[0]), "source").scores[0].kl == pytest.approx(0, abs=1e-6)
+    assert results.find("linear").reason is None

@@ -57,8 +57,17 @@ def compare(
     `dam:` block says beyond the data. Raises DamError for mistakes that concern the recipe; a
     merge that cannot be made is left out, with the reason in its place.
     """
-    check(recipe, options, coefficients=f"{out}/x.safetensors", will_fit=True, will_merge=False,
-          device=device)  # fmt: skip
+    if Path(out).exists() and not Path(out).is_dir():
+        raise DamError(f"{out} is a file: give the name of a folder.")
+    coefficients = str(Path(out) / f"{_file_name(DAM)}.safetensors")
+    check(
+        recipe,
+        options,
+        coefficients=coefficients,
+        will_fit=True,
+        will_merge=False,
+        device=device,
+    )
     return _Comparison(
         recipe, Path(out), options, device, search_rows, evaluations, fits or {}, say
     ).run(only)
