@@ -29,7 +29,7 @@ def test_check_shows_a_row_of_every_source(recipe, models, tmp_path):
     data = [{"source": str(m), "path": str(path)} for m in models]
     data[1]["loss_on"] = "completion"
     config = recipe(models, dam={"data": data, "max_length": 8, "held_out": 0.1})
-    shown = run("mergekit-dam", "check", config).stdout.split("\n\n")[1:]
+    shown = run("mergekit-dam", "check", config).stdout.rstrip().split("\n\n")[1:]
     assert [text.partition(":")[0] for text in shown] == [str(model) for model in models]
     counts, row = shown[0].rstrip().split("\n")
     assert counts.endswith(
