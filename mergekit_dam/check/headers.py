@@ -79,11 +79,12 @@ class HeaderShapes:
                 f"{config.architectures[0]} asks: mergekit cannot merge this variant of the "
                 "architecture, unless the files are incomplete"
             )
-        options = config_differences(config, others[0].config(trust)) if others else []
-        where = f" ({others[0]} has it; their configs differ in {', '.join(options[:3])})"
+        where = ""
+        if others and (options := config_differences(config, others[0].config(trust))):
+            where = f" ({others[0]} has it; their configs differ in {', '.join(options[:3])})"
         return (
-            f"{model} has no tensor {name}, which the merge needs{where if options else ''}: "
-            "choose models of one architecture with the same options, and layers that they have"
+            f"{model} has no tensor {name}, which the merge needs{where}: choose models of one "
+            "architecture with the same options, and layers that they have"
         )
 
     @staticmethod
