@@ -377,6 +377,29 @@ def test_passes_are_rows_through_one_model(config):
     assert meter.cost.seconds > 0 and meter.cost.peak_memory > 2**20
 
 
+def test_a_layer_that_is_left_halfway_is_half_a_pass(config):
+    """A start may run a block up to one of its layers."""
+    _, plan, _ = prepared(config)
+    model, ids = tiny.load(Path(str(plan.sources[0]))), tiny.tokens(rows=8, length=7)
+
+    class Enough(Exception):
+        pass
+
+    def stop(*_):
+        raise Enough
+
+    model.model.layers[1].mlp.register_forward_pre_hook(stop)
+    with metered(2, "cpu") as meter, torch.no_grad(), pytest.raises(Enough):
+        model(ids)
+    layer = model.model.layers[1]
+    before = sum(p.numel() for p in layer.parameters()) - sum(
+        p.numel() for p in layer.mlp.parameters()
+    )
+    share = (1 + before / sum(p.numel() for p in layer.parameters())) / 2
+    assert meter.cost.forward_passes == round(8 * share)
+    assert meter.cost.backward_passes == 0
+
+
 def test_a_fits_cost_counts_teachers_and_its_own_figures(compared):
     """3 steps of 2 rows of each source, teachers too; held-out rows before and after."""
     _, results, _ = compared

@@ -21,16 +21,24 @@ class Meter:
 
     def __init__(self, layers: int):  # of the merge: so many make a pass
         self.cost = Cost()
-        self._share, self._rows, self._backward, self._tokens = 1 / max(layers, 1), 0, 0, 0
+        self._layers = max(layers, 1)
+        self._parts: dict[nn.Module, float] = {}  # of decoder layers: their shares of the layer
+        self._shape = (0, 0)  # rows and positions of the layer that is running
+        self._rows = self._backward = self._tokens = 0.0
 
     def see(self, module: nn.Module, inputs: tuple) -> None:
-        """Every call of a decoder layer is a part of a pass, whoever makes it: a fit, its start, a
-        teacher. Layers that the backward pass computes again are no further passes, nor are trials
-        with fake tensors, which compute nothing."""
-        if not isinstance(module, GradientCheckpointingLayer) or _is_in_backward():
+        """Every call of a part of a decoder layer is a part of a pass, by its number of weights,
+        whoever makes it: a fit, a teacher, a start that runs layers in parts. What the backward
+        pass computes again is no further pass, nor are trials with fake tensors."""
+        if _is_in_backward() or not inputs or type(inputs[0]) is not Tensor:
             return
-        if inputs and type(inputs[0]) is Tensor:
-            rows, length, _ = inputs[0].shape
+        if isinstance(module, GradientCheckpointingLayer):
+            self._shape = inputs[0].shape[:2]
+            if module not in self._parts:
+                self._parts |= {module: 0.0, **_shares(module)}
+        elif share := self._parts.get(module):
+            rows, length = self._shape
+            rows *= share / self._layers
             self._rows += rows
             self._tokens += rows * length
             self._backward += rows * torch.is_grad_enabled()
@@ -38,9 +46,9 @@ class Meter:
     def stop(self, seconds: float, peak_memory: int) -> None:
         self.cost = Cost(
             seconds=seconds,
-            forward_passes=round(self._rows * self._share),
-            backward_passes=round(self._backward * self._share),
-            tokens=round(self._tokens * self._share),
+            forward_passes=round(self._rows),
+            backward_passes=round(self._backward),
+            tokens=round(self._tokens),
             peak_memory=peak_memory,
         )
 
@@ -56,6 +64,13 @@ def metered(layers: int, device: str) -> Iterator[Meter]:
         seconds = time.perf_counter() - started
         hook.remove()
         meter.stop(seconds, watch.stop())
+
+
+def _shares(layer: nn.Module) -> dict[nn.Module, float]:
+    """The modules of a layer that own weights, and how much of its weights."""
+    own = {m: sum(p.numel() for p in m.parameters(recurse=False)) for m in layer.modules()}
+    total = sum(own.values())
+    return {module: size / total for module, size in own.items() if size}
 
 
 def _is_in_backward() -> bool:
