@@ -23,24 +23,25 @@ class Meter:
         self.cost = Cost()
         self._layers = max(layers, 1)
         self._parts: dict[nn.Module, float] = {}  # of decoder layers: their shares of the layer
-        self._shape = (0, 0)  # rows and positions of the layer that is running
+        self._given = 0  # rows of the layer that is running
         self._rows = self._backward = self._tokens = 0.0
 
     def see(self, module: nn.Module, inputs: tuple) -> None:
         """Every call of a part of a decoder layer is a part of a pass, by its number of weights,
-        whoever makes it: a fit, a teacher, a start that runs layers in parts. What the backward
-        pass computes again is no further pass, nor are trials with fake tensors."""
+        whoever makes it: a fit, a teacher, a start that runs layers in parts. Tokens count where
+        they enter a model. What the backward pass computes again does not count, nor do trials
+        with fake tensors."""
         if _is_in_backward() or not inputs or type(inputs[0]) is not Tensor:
             return
-        if isinstance(module, GradientCheckpointingLayer):
-            self._shape = inputs[0].shape[:2]
+        if isinstance(module, nn.Embedding) and _is_text(inputs[0]):
+            self._tokens += inputs[0].numel()
+        elif isinstance(module, GradientCheckpointingLayer):
+            self._given = len(inputs[0])
             if module not in self._parts:
                 self._parts |= {module: 0.0, **_shares(module)}
         elif share := self._parts.get(module):
-            rows, length = self._shape
-            rows *= share / self._layers
+            rows = self._given * share / self._layers
             self._rows += rows
-            self._tokens += rows * length
             self._backward += rows * torch.is_grad_enabled()
 
     def stop(self, seconds: float, peak_memory: int) -> None:
@@ -64,6 +65,15 @@ def metered(layers: int, device: str) -> Iterator[Meter]:
         seconds = time.perf_counter() - started
         hook.remove()
         meter.stop(seconds, watch.stop())
+
+
+def _is_text(ids: Tensor) -> bool:
+    """Rows of token ids, and not the one row of positions that some models look up, too."""
+    return ids.ndim == 2 and not (len(ids) == 1 and torch.equal(ids[0], _positions(ids)))
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.shape[1], device=ids.device)
 
 
 def _shares(layer: nn.Module) -> dict[nn.Module, float]:

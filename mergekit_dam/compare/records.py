@@ -21,7 +21,7 @@ class Cost(Frozen):
     seconds: float = 0.0
     forward_passes: float = 0.0  # rows through one model, teachers included
     backward_passes: float = 0.0
-    tokens: float = 0.0  # positions that the forward passes computed
+    tokens: float = 0.0  # that entered a model, teachers included
     peak_memory: int = 0  # bytes: of the GPU where there is one, else resident in the process
     is_whole: bool = True  # False: of the last part of a fit that was interrupted
 

@@ -27,7 +27,7 @@ EXPLAINED = (
     "likeliest next token is the source's. Exact match: answers that greedy decoding gives to the "
     "last token. Retention: exact match over the source's own, or agreement where the rows have "
     "no answers. Cost is that of finding the merge: passes are rows through one model, teachers "
-    "included, and tokens the positions they computed. Peak memory is the GPU's "
+    "included, and tokens those that entered a model. Peak memory is the GPU's "
     "where there is one, else that of the process."
 )
 
