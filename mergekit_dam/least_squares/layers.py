@@ -1,0 +1,187 @@
+"""The layers of a block whose coefficients have a least-squares solution, and what they compute."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_dam.least_squares.objective import (
+    EmbeddingObjective,
+    LayerObjective,
+    LinearObjective,
+    NormObjective,
+)
+from mergekit_dam.least_squares.paths import Arrival
+from mergekit_dam.model import Block
+
+
+@dataclass(frozen=True)
+class Call:
+    """What went into a module and came out, for some rows."""
+
+    args: tuple
+    kwargs: dict
+    output: Tensor
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A module of a block that is affine in its own weights."""
+
+    path: str  # in the block; "" is the block itself
+    module: nn.Module
+    weight: str  # output tensors
+    bias: str | None  # None also where it is not trained
+
+    @property
+    def tensors(self) -> list[str]:
+        return [self.weight] + ([self.bias] if self.bias else [])
+
+    def objective(self) -> LayerObjective:
+        if isinstance(self.module, nn.Embedding):
+            return EmbeddingObjective(self.weight)
+        if isinstance(self.module, nn.Linear | Conv1D):
+            axis = -2 if isinstance(self.module, Conv1D) else -1
+            return LinearObjective(self.weight, self.bias, axis)
+        return NormObjective(self.weight, self.bias)
+
+    def add(
+        self,
+        objective: LayerObjective,
+        merged: Call,  # in the merge so far
+        source: Call,  # in the source, for the same rows
+        real: Tensor,  # [rows, length], False at padding
+        own: Mapping[str, Tensor],  # the merge's weights of the module
+        wanted: Mapping[str, Tensor],  # the source's
+        weight: float,  # of a token
+    ) -> bool:
+        """Add some rows to an objective; False where rows and tokens cannot be told apart."""
+        if isinstance(objective, EmbeddingObjective):
+            tokens = merged.args[0].expand(real.shape)[real]
+            counts = torch.bincount(tokens, minlength=len(wanted["weight"]))
+            objective.add(counts, wanted["weight"], weight)
+            return True
+        inputs, shift = merged.args[0], 0.0
+        if isinstance(objective, NormObjective):
+            inputs, shift = _affine(self.module, own, merged.args, merged.kwargs)
+        if self.bias is None and "bias" in own:
+            shift = shift + own["bias"]
+        x, y = of_tokens(inputs, real), of_tokens(source.output - shift, real)
+        if x is None or y is None or len(x) != len(y):
+            return False
+        if isinstance(objective, NormObjective):
+            shape = (-1, *own["weight"].shape)
+            x, y = x.reshape(shape), y.reshape(shape)
+        objective.add(x, y, weight)
+        return True
+
+
+def layers(block: Block, trained: Collection[str]) -> list[Layer]:
+    """The layers of a block whose weights are output tensors and trained."""
+    found = []
+    for path, module in block.block.named_modules():
+        names = {
+            name: block.tensors.get(f"{path}.{name}" if path else name)
+            for name, _ in module.named_parameters(recurse=False)
+        }
+        weight, bias = names.pop("weight", None), names.pop("bias", None)
+        if weight in trained and not names and _is_affine(module):
+            found.append(Layer(path, module, weight, bias if bias in trained else None))
+    return found
+
+
+def _is_affine(module: nn.Module) -> bool:
+    """Whether the output is affine in the weights, in one of the three ways that are known."""
+    if type(module).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if isinstance(module, nn.Embedding):
+        return type(module).forward is nn.Embedding.forward or hasattr(module, "embed_scale")
+    x = torch.linspace(-1, 2, 2 * module.weight.numel(), dtype=module.weight.dtype)
+    x = x.reshape(1, 2, *module.weight.shape).cpu()
+    try:
+        return _is_scaling(module, x)
+    except Exception:  # it wants other arguments: not a layer that we know
+        return False
+
+
+def _is_scaling(module: nn.Module, x: Tensor) -> bool:
+    """Whether a module multiplies something by its weight, element by element, and adds its
+    bias."""
+    weights = {
+        name: torch.linspace(0.5, 1.5, p.numel(), dtype=p.dtype).reshape(p.shape)
+        for name, p in module.named_parameters(recurse=False)
+    }
+    scaled, shift = _affine(module, weights, (x,), {})
+    expected = scaled * weights["weight"] + shift + weights.get("bias", 0.0)
+    return torch.allclose(functional_call(module, weights, (x,)), expected, rtol=0.02, atol=0.02)
+
+
+def _affine(
+    module: nn.Module, weights: Mapping[str, Tensor], args: tuple, kwargs: dict
+) -> tuple[Tensor, Tensor]:
+    """x and a of a module's output x * weight + a + bias."""
+    zeros = {name: torch.zeros_like(w) for name, w in weights.items()}
+    shift = functional_call(module, zeros, args, kwargs)
+    ones = {**zeros, "weight": torch.ones_like(weights["weight"])}
+    return functional_call(module, ones, args, kwargs) - shift, shift
+
+
+def of_tokens(values: Tensor, real: Tensor) -> Tensor | None:
+    """The real tokens' values, [tokens, ...]; None where the tokens' axes are not recognised."""
+    if values.shape[:2] == real.shape:
+        return values[real]
+    if values.dim() > 2 and (values.shape[0], values.shape[2]) == real.shape:  # heads come first
+        return values.transpose(1, 2)[real]
+    if values.shape[0] == real.numel():
+        return values[real.flatten()]
+    return None
+
+
+class _Enough(Exception):
+    """All that was to be seen has been seen."""
+
+
+def calls(
+    block: Block, weights: Mapping[str, Tensor], wanted: Sequence[Layer], arrival: Arrival
+) -> dict[str, Call]:
+    """Run a block until each of the wanted layers has been called; their first calls, by path."""
+    seen: dict[str, Call] = {}
+
+    def record(path: str):
+        def hook(module, args, kwargs, output):
+            seen.setdefault(path, Call(args, kwargs, output))
+            if len(seen) == len(wanted):
+                raise _Enough
+
+        return hook
+
+    handles = [
+        layer.module.register_forward_hook(record(layer.path), with_kwargs=True) for layer in wanted
+    ]
+    try:
+        block.run_with(weights, *arrival.args, **arrival.kwargs)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def in_order(
+    block: Block, weights: Mapping[str, Tensor], found: Sequence[Layer], arrival: Arrival
+) -> Iterator[list[Layer]]:
+    """The layers in the order in which the block calls them, those of one input together."""
+    by_path = {layer.path: layer for layer in found}
+    group, shared = [], None
+    for path, call in calls(block, weights, found, arrival).items():
+        if group and call.args[0] is not shared:
+            yield group
+            group = []
+        group.append(by_path[path])
+        shared = call.args[0]
+    if group:
+        yield group
