@@ -145,10 +145,10 @@ class _Inverse:
         for name, c in start.items():
             blocks = problem.blocks(name, tuple(c.shape[1:]))  # [*B, n, n]
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
-            self._penalties[name] = (ridge * diagonal).movedim(-1, 0).to(c.dtype)
+            self._penalties[name] = ridge * float(diagonal.mean())
             # A column that no token reaches has no derivatives, and its coefficients stay.
             floor = JITTER * diagonal + (diagonal == 0)
-            blocks.diagonal(dim1=-2, dim2=-1).add_(ridge * diagonal + floor)
+            blocks.diagonal(dim1=-2, dim2=-1).add_(ridge * diagonal.mean() + floor)
             self._factors[name] = torch.linalg.cholesky(blocks)
 
     def __call__(self, residual: Coefficients) -> Coefficients:

@@ -112,9 +112,9 @@ def _pairs(merged: MergedModel, rows: Sequence[Sequence[Row]]) -> Iterator[Pair]
     for source, own in enumerate(rows):
         count = max(1, round(CHECKED * len(own)))
         for is_check, part in ((True, own[:count]), (False, own[count:])):
-            for chunk in _chunks(sorted(part, key=len, reverse=True)):
-                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r) for r in chunk], batch_first=True)
-                lengths = torch.tensor([len(r) for r in chunk])
+            for chunk in _chunks(sorted(part, key=lambda r: len(r.ids), reverse=True)):
+                ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(r.ids) for r in chunk], batch_first=True)
+                lengths = torch.tensor([len(r.ids) for r in chunk])
                 real = torch.arange(ids.shape[1]) < lengths[:, None]
                 ids, real = ids.to(merged.device), real.to(merged.device)
                 yield Pair(Path(merged, ids, source, "merge"), Path(merged, ids, source, source), real, is_check)
@@ -123,6 +123,6 @@ def _pairs(merged: MergedModel, rows: Sequence[Sequence[Row]]) -> Iterator[Pair]
 def _chunks(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
     start = 0
     while start < len(rows):
-        size = max(1, CHUNK // len(rows[start]))
+        size = max(1, CHUNK // len(rows[start].ids))
         yield rows[start : start + size]
         start += size
