@@ -1,2 +1,5 @@
+"""The least-squares start: each layer's best coefficients, without a gradient through the model."""
+
 from mergekit_dam.least_squares.walk import least_squares
+
 __all__ = ["least_squares"]

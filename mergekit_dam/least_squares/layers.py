@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,12 @@ class Layer:
     @property
     def tensors(self) -> list[str]:
         return [self.weight] + ([self.bias] if self.bias else [])
+
+    def own(self, block: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its weights among those of its block."""
+        prefix = f"{self.path}." if self.path else ""
+        names = [name for name, _ in self.module.named_parameters(recurse=False)]
+        return {name: block[prefix + name] for name in names}
 
     def objective(self) -> LayerObjective:
         if isinstance(self.module, nn.Embedding):
@@ -158,17 +165,62 @@ def calls(
 
         return hook
 
-    handles = [
+    hooks = [
         layer.module.register_forward_hook(record(layer.path), with_kwargs=True) for layer in wanted
     ]
-    try:
-        block.run_with(weights, *arrival.args, **arrival.kwargs)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    _run(block, weights, arrival, hooks)
     return seen
+
+
+def _run(block: Block, weights: Mapping[str, Tensor], arrival: Arrival, hooks: Sequence) -> Any:
+    """A block's output, or None where a hook has seen enough."""
+    try:
+        return block.run_with(weights, *arrival.args, **arrival.kwargs)
+    except _Enough:
+        return None
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def arriving(
+    block: Block,
+    weights: Mapping[str, Tensor],
+    point: Layer | None,
+    arrival: Arrival,
+    *,
+    without: Layer | None = None,
+) -> Tensor:
+    """The input of a later layer, or the block's output, as if `without` had given zeros."""
+    seen: list[Tensor] = []
+
+    def stop(module, args):
+        seen.append(args[0])
+        raise _Enough
+
+    hooks = []
+    if without is not None:
+        hooks = [without.module.register_forward_hook(lambda m, a, output: output * 0)]
+    if point is not None:
+        hooks.append(point.module.register_forward_pre_hook(stop))
+    output = _run(block, weights, arrival, hooks)
+    return seen[0] if seen else (output[0] if isinstance(output, tuple) else output)
+
+
+def adds_to(
+    block: Block,
+    weights: Mapping[str, Tensor],
+    layer: Layer,
+    point: Layer | None,
+    arrival: Arrival,
+) -> bool:
+    """Whether what arrives at a point is the layer's output and something else, added up."""
+    output = calls(block, weights, [layer], arrival)[layer.path].output
+    whole = arriving(block, weights, point, arrival)
+    rest = arriving(block, weights, point, arrival, without=layer)
+    if not isinstance(whole, Tensor) or whole.shape != output.shape or not rest.any():
+        return False
+    return bool((whole - rest - output).norm() <= 0.01 * output.norm())
 
 
 def in_order(

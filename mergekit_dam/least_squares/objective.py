@@ -155,5 +155,3 @@ class NormObjective(LayerObjective):
 
 def _accurate(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
-
-

@@ -34,9 +34,7 @@ class Arrival:
 class Path:
     """One forward pass of some rows, as the merge or as a source sees them."""
 
-    def __init__(
-        self, model: Callable[[Tensor], Any], input_ids: Tensor, source: int, view: View
-    ):
+    def __init__(self, model: Callable[[Tensor], Any], input_ids: Tensor, source: int, view: View):
         self.input_ids = input_ids  # [rows, length]
         self.source = source  # whose rows they are
         self.view = view

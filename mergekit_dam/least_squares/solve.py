@@ -1,12 +1,12 @@
 """The coefficients that minimise a layer's objective, by conjugate gradients.
 
-The objective is quadratic in the weights, and these are linear in the coefficients (`formula`),
-so the gradient is the one that a fit would compute: A(W) - B, reduced to the coefficients. No
-normal matrix is formed, whatever the granularity: an iteration makes the weights once, takes one
-matrix product, and reduces once.
+The objective is quadratic in the weights, and these are affine in the coefficients (`formula`),
+so its gradient is the one that a fit computes: A(W) - B, reduced to the coefficients. No normal
+matrix of N·in unknowns is formed, whatever the granularity: an iteration makes the weights once,
+takes one matrix product and reduces once.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ JITTER = 1e-9  # of a block's diagonal: identical sources make it singular
 
 
 class Problem:
-    """An objective as a function of the coefficients of the layer's tensors."""
+    """An objective as a function of the coefficients of its layer's tensors."""
 
     def __init__(
         self,
@@ -30,68 +30,68 @@ class Problem:
     ):
         self.objective, self._stacks, self._dtype = objective, dict(stacks), dtype
 
-    def weights(self, coefficients: Coefficients) -> Weights:
-        return {
-            name: self._stacks[name].merge(c, self._dtype) for name, c in coefficients.items()
-        }
-
     def value(self, coefficients: Coefficients) -> float:
-        return self.objective.value(self.weights(coefficients))
+        return self.objective.value(self._weights(coefficients))
 
     def gradient(self, coefficients: Coefficients) -> Coefficients:
         """df/dc."""
-        target = self.objective.target()
-        return self._reduced(
-            coefficients,
-            lambda weights: {
-                name: product - target[name]
-                for name, product in self.objective.product(weights).items()
-            },
-        )
 
-    def curvature(self, direction: Coefficients) -> Coefficients:
-        """The second derivative's product with a direction."""
+        def slope(weights: Weights) -> Weights:
+            products, target = self.objective.product(weights), self.objective.target()
+            return {name: product - target[name] for name, product in products.items()}
+
+        return self._reduced(coefficients, slope)
+
+    def curvature(self, step: Coefficients) -> Coefficients:
+        """The second derivative's product with a step."""
 
         def along(weights: Weights) -> Weights:
             bases = {name: self._stacks[name].base for name in weights}
             linear = {n: w if bases[n] is None else w - bases[n] for n, w in weights.items()}
             return self.objective.product(linear)
 
-        return self._reduced(direction, along)
-
-    def _reduced(self, coefficients: Coefficients, of_weights) -> Coefficients:
-        """A function of the weights, brought to the coefficients as a gradient is."""
-        with torch.enable_grad():
-            leaves = {n: c.detach().requires_grad_() for n, c in coefficients.items()}
-            weights = self.weights(leaves)
-        values = of_weights({name: w.detach() for name, w in weights.items()})
-        ordered = [values[name] for name in leaves]
-        gradients = torch.autograd.grad(list(weights.values()), list(leaves.values()), ordered)
-        return dict(zip(leaves, gradients, strict=True))
+        return self._reduced(step, along)
 
     def blocks(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """[*B, n, n]: the second derivatives of the coefficients that stand at one place, one
         from each source. `shape` is B."""
         parts = self._differences(name)
-        axis, mixed = self.objective.input_axis, None
-        if len(shape) > 1 and axis is not None and shape[axis] == 1:  # rows and whole tensors
-            mixed = [self.objective.product(self._alone(name, part))[name] for part in parts]
+        axis = self.objective.input_axis
+        if axis is not None and len(shape) > 1 and shape[axis] == 1:  # it sums what A mixes
+            products = [self.objective.product(self._alone(name, part))[name] for part in parts]
         else:
             diagonal = self.objective.diagonal()[name]
-            mixed = [diagonal * part for part in parts]
-        n = len(parts)
-        result = torch.empty(*shape, n, n, dtype=torch.float64, device=parts[0].device)
-        for k in range(n):
-            for i in range(k + 1):
-                entry = (parts[k] * mixed[i]).sum_to_size(shape)
-                result[..., k, i] = result[..., i, k] = entry
-        return result
+            products = [diagonal * part for part in parts]
+        blocks = parts[0].new_empty(*shape, len(parts), len(parts))
+        for row, part in enumerate(parts):
+            for column in range(row + 1):
+                entry = (part * products[column]).sum_to_size(shape)
+                blocks[..., row, column] = blocks[..., column, row] = entry
+        return blocks
+
+    def _weights(self, coefficients: Coefficients) -> Weights:
+        return {name: self._stacks[name].merge(c, self._dtype) for name, c in coefficients.items()}
+
+    def _reduced(
+        self, coefficients: Coefficients, of_weights: Callable[[Weights], Weights]
+    ) -> Coefficients:
+        """A function of the weights, brought to the coefficients as a gradient is."""
+        with torch.enable_grad():
+            leaves = {n: c.detach().requires_grad_() for n, c in coefficients.items()}
+            weights = self._weights(leaves)
+        values = of_weights({name: weight.detach() for name, weight in weights.items()})
+        gradients = torch.autograd.grad(
+            [weights[name] for name in leaves],
+            list(leaves.values()),
+            [values[name] for name in leaves],
+        )
+        return dict(zip(leaves, gradients, strict=True))
 
     def _alone(self, name: str, part: Tensor) -> Weights:
         """One tensor of the layer, the others zero."""
         return {
-            other: part if other == name else torch.zeros_like(s.sources[0], dtype=self._dtype)
-            for other, s in self._stacks.items()
+            other: part if other == name else torch.zeros_like(stack.sources[0], dtype=self._dtype)
+            for other, stack in self._stacks.items()
         }
 
     def _differences(self, name: str) -> list[Tensor]:  # D_i
@@ -109,69 +109,65 @@ def solve(
     iterations: int = 100,
     tolerance: float = 1e-4,
 ) -> Coefficients:
-    """Minimise f(c) + ½ ridge Σ s (c - start)², s being the second derivatives of f.
+    """Minimise f(c) + ½ ridge Σ s ‖c - start‖², s being a tensor's mean second derivative of f.
 
-    f and the penalty together never rise above their value at `first`, by default the start:
-    conjugate gradients go downhill only. What the data say nothing of keeps its start.
+    Begins at `first`, by default the start, and goes downhill only, so that f of the result is
+    never above f of the start. What the data say nothing of keeps its start.
     """
-    inverse = _Inverse(problem, start, ridge)
+    blocks = _Blocks(problem, start, ridge)
     found = dict(first or start)
-    residual = _plus(_negative(problem.gradient(found)), inverse.penalty(found), -1.0)
-    direction = conditioned = inverse(residual)
+    offset = {name: c - start[name] for name, c in found.items()}
+    pull = _plus(problem.gradient(found), blocks.penalty(offset))
+    residual = {name: -c for name, c in pull.items()}
+    step = conditioned = blocks.solved(residual)
     height = _dot(residual, conditioned)
     enough = tolerance**2 * height
     for _ in range(iterations):
         if height <= enough:
             break
-        bent = _plus(problem.curvature(direction), inverse.penalty(direction, of_step=True), 1.0)
-        curve = _dot(direction, bent)
+        bent = _plus(problem.curvature(step), blocks.penalty(step))
+        curve = _dot(step, bent)
         if curve <= 0:  # nothing but rounding is left
             break
-        found = _plus(found, direction, height / curve)
+        found = _plus(found, step, height / curve)
         residual = _plus(residual, bent, -height / curve)
-        conditioned = inverse(residual)
+        conditioned = blocks.solved(residual)
         before, height = height, _dot(residual, conditioned)
-        direction = _plus(conditioned, direction, height / before)
+        step = _plus(conditioned, step, height / before)
     return found
 
 
-class _Inverse:
-    """The preconditioner: the inverse of f's and the penalty's second derivatives, as far as they
-    connect the sources' coefficients at one place. Sources that are close to each other make
-    these blocks nearly singular, and an iteration without them slow."""
+class _Blocks:
+    """The preconditioner: f's and the penalty's second derivatives, as far as they connect the
+    sources' coefficients at one place. Sources close to each other make these blocks nearly
+    singular, and iterations without them slow."""
 
     def __init__(self, problem: Problem, start: Coefficients, ridge: float):
-        self._start, self._penalties, self._factors = start, {}, {}
+        self._penalties: dict[str, float] = {}
+        self._factors: Coefficients = {}  # [*B, n, n]
         for name, c in start.items():
-            blocks = problem.blocks(name, tuple(c.shape[1:]))  # [*B, n, n]
+            blocks = problem.blocks(name, tuple(c.shape[1:])).double()
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
             self._penalties[name] = ridge * float(diagonal.mean())
-            # A column that no token reaches has no derivatives, and its coefficients stay.
-            floor = JITTER * diagonal + (diagonal == 0)
-            blocks.diagonal(dim1=-2, dim2=-1).add_(ridge * diagonal.mean() + floor)
+            # Where no token reaches there is no derivative, and no residual either.
+            diagonal.add_(self._penalties[name] + JITTER * diagonal + (diagonal == 0))
             self._factors[name] = torch.linalg.cholesky(blocks)
 
-    def __call__(self, residual: Coefficients) -> Coefficients:
+    def solved(self, residual: Coefficients) -> Coefficients:
         return {name: self._solved(name, r) for name, r in residual.items()}
 
     def _solved(self, name: str, residual: Tensor) -> Tensor:
         places = residual.movedim(0, -1)[..., None].double()
-        return torch.cholesky_solve(places, self._factors[name])[..., 0].movedim(-1, 0).to(residual)
+        result = torch.cholesky_solve(places, self._factors[name])
+        return result[..., 0].movedim(-1, 0).to(residual.dtype)
 
-    def penalty(self, coefficients: Coefficients, *, of_step: bool = False) -> Coefficients:
-        """The penalty's gradient at some coefficients, or its curvature along a step."""
-        return {
-            name: self._penalties[name] * (c if of_step else c - self._start[name])
-            for name, c in coefficients.items()
-        }
+    def penalty(self, offset: Coefficients) -> Coefficients:
+        """The gradient of the penalty at an offset from the start."""
+        return {name: self._penalties[name] * c for name, c in offset.items()}
 
 
-def _plus(one: Coefficients, other: Coefficients, factor: float) -> Coefficients:
+def _plus(one: Coefficients, other: Coefficients, factor: float = 1.0) -> Coefficients:
     return {name: c + factor * other[name] for name, c in one.items()}
-
-
-def _negative(one: Coefficients) -> Coefficients:
-    return {name: -c for name, c in one.items()}
 
 
 def _dot(one: Coefficients, other: Coefficients) -> float:
