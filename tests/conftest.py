@@ -39,7 +39,14 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
             "models": [{"model": str(model)} for model in models],
             "parameters": {"coefficients": str(tmp_path / "dam.safetensors")},
             "dtype": "float32",
-            "dam": {"data": data, "steps": 3, "batch_size": 2, "held_out": 0.2, **(dam or {})},
+            "dam": {
+                "data": data,
+                "start": "average",
+                "steps": 3,
+                "batch_size": 2,
+                "held_out": 0.2,
+                **(dam or {}),
+            },
             **keys,
         }
         path = tmp_path / "config.yml"

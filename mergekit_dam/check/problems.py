@@ -24,7 +24,7 @@ from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import generation, load_source_data
-from mergekit_dam.fit.start import starting_weights
+from mergekit_dam.fit.start import start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.hub import open_coefficients
 from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
@@ -184,6 +184,7 @@ def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
 
 def _start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
     """Weights that give no start, and task vectors without what they subtract."""
+    yield from start_problems(settings, plan)
     for name, output in plan.tensors.items():
         if settings.formula == "task_vectors" and plan.base not in output.inputs:
             yield (

@@ -30,9 +30,12 @@ SHAPES = (
     ("conversations",),
 )
 
+STARTS = ("least_squares", "average", "weights")  # any other is the path of a file
+
 # arXiv 2410.08371, section 4; L1 and L2 are off there as in the published training script.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
+        "start": "average",
         "epochs": 1,
         "examples": 1729,
         "max_length": 2048,
@@ -190,6 +193,15 @@ class Settings(_Block):
         "column",
         description="one coefficient for each `column`, `row`, `tensor` or `element`; or a list "
         "of `{filter, value}`, of which the first that matches a tensor's name counts",
+    )
+    start: str | None = Field(
+        None,
+        description="where the coefficients begin: `least_squares` (layer by layer, nearest to the "
+        "sources' own outputs), `average`, `weights` (the YAML's), or the path of a coefficient "
+        "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
+    )
+    calibration: int = Field(
+        256, ge=1, description="rows of each source for the least-squares start"
     )
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")

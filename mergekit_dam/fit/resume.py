@@ -16,6 +16,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 
 HOW = ("report_to", "recompute", "offload")  # settings that change no result
+PROGRESS = "start.safetensors"  # coefficients of the blocks that the start has solved
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
@@ -77,8 +78,9 @@ def _is_foreign(folder: Path) -> bool:
 
 
 def discard_empty(folder: Path) -> None:
-    """A fit that ended before its first checkpoint leaves nothing to go on from."""
-    if last_checkpoint(folder) is None:
+    """A fit that ended before its first checkpoint, or a start that ended before its first block,
+    leaves nothing to go on from."""
+    if last_checkpoint(folder) is None and not (folder / PROGRESS).exists():
         discard(folder)
 
 
@@ -88,6 +90,7 @@ def discard(folder: Path) -> None:
         return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
+    (folder / PROGRESS).unlink(missing_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
         folder.rmdir()

@@ -21,6 +21,7 @@ from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import teachers
 from mergekit_dam.fit.batches import StepRows
+from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.memory import (
@@ -35,7 +36,7 @@ from mergekit_dam.fit.memory import (
 from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.resume import digest, discard, discard_empty, find_checkpoint, identity
 from mergekit_dam.fit.rows import load_data
-from mergekit_dam.fit.start import prepare_as, start, trained_tensors
+from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import build_trainer, history, is_main_process
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Watch, watched
@@ -80,7 +81,7 @@ def fit(
         return files.open_file(out).header
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
     try:
-        header = _train(prepared, folder, checkpoint, quiet=options.quiet)
+        header = _train(prepared, folder, checkpoint, resume=resume, quiet=options.quiet)
     except (DamError, OSError, RuntimeError) as error:
         discard_empty(folder)
         _blame_sources(prepared)
@@ -131,6 +132,7 @@ def prepare(
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula)
+    settings = settings.model_copy(update={"start": choose_start(settings, plan)})
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     if data is None:
@@ -176,7 +178,7 @@ def prepare(
     merged.recompute, told = choose_recompute(settings, found, free_memory(device))
     require_memory(found.of(merged.recompute), free_memory(device), settings, device)
     _say(told, options)
-    header = _header(recipe, plan, preparation)
+    header = _header(recipe, settings, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
     return Fit(settings, plan, merged, data, same, header)
@@ -227,7 +229,9 @@ def is_fitted(out: str, header: files.Header) -> bool:
     return done.model_copy(update={"results": None}) == header
 
 
-def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) -> files.Header:
+def _train(
+    prepared: Fit, folder: Path, checkpoint: str | None, *, resume: bool, quiet: bool
+) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
     held_out = [source.held_out for source in prepared.data]
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
@@ -241,6 +245,8 @@ def _train(prepared: Fit, folder: Path, checkpoint: str | None, *, quiet: bool) 
             "`steps: 0`."
         )
     beginning = before
+    if settings.start == "least_squares" and checkpoint is None:
+        calibrate(merged, prepared.data, settings, folder, resume=resume, quiet=quiet)
     if settings.max_steps:
         if checkpoint is None:
             beginning = at_start(merged.coefficients(), before, figures)
@@ -299,8 +305,10 @@ def _require_finite(merged: MergedModel, folder: Path) -> None:
             )
 
 
-def _header(recipe: Recipe, plan: Plan, preparation: Preparation | None) -> files.Header:
-    settings, merge = recipe.settings, recipe.merge
+def _header(
+    recipe: Recipe, settings: Settings, plan: Plan, preparation: Preparation | None
+) -> files.Header:
+    merge = recipe.merge
     tokenizer = merge.tokenizer or merge.tokenizer_source
     if hasattr(tokenizer, "model_dump"):
         tokenizer = tokenizer.model_dump(mode="json", exclude_none=True)

@@ -1,34 +1,104 @@
-"""Where a fit starts: the plain average, or the weights of the YAML."""
+"""Where a fit starts, before any data are looked at: the plain average, the weights of the YAML, or
+another fit's coefficients."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 
 import torch
+from mergekit.common import ModelReference
 from torch import Tensor
 
+from mergekit_dam.coefficients import CoefficientFile, open_file
 from mergekit_dam.config import Settings
+from mergekit_dam.config.settings import STARTS
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import coefficient_shape
 from mergekit_dam.model import Role, Skeleton, SourceWeights, Stack
 from mergekit_dam.plan import Plan
+from mergekit_dam.sources import match
 from mergekit_dam.task_vectors import Preparation, resolve
+
+
+def choose_start(settings: Settings, plan: Plan) -> str:
+    """What `dam.start` says; by default the YAML's weights, where it gives some, or else least
+    squares, where every source fills the merge's own skeleton."""
+    if settings.start is not None:
+        return settings.start
+    if any("weight" in given for given in _given_parameters(plan)):
+        return "weights"
+    return "least_squares" if first_of_another_layout(plan) is None else "average"
+
+
+def _given_parameters(plan: Plan) -> Iterator[set[str]]:
+    for output in plan.tensors.values():
+        for values in output.input_parameters.values():
+            yield {name for name, value in values.items() if value is not None}
+
+
+def first_of_another_layout(plan: Plan) -> ModelReference | None:
+    """A source that is a model of its own rather than a filling of the merge's skeleton, so that
+    its layers have no counterparts in the merge."""
+    return next((source for source in plan.sources if not plan.is_whole(source)), None)
+
+
+def start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
+    """Why the fit could not start where `dam.start` says."""
+    other = first_of_another_layout(plan)
+    if settings.start == "least_squares" and other is not None:
+        yield (
+            f"`dam.start: least_squares` compares layer with layer, and those of {other} are not "
+            "the merge's: use `start: average`"
+        )
+    if settings.start not in (None, *STARTS):
+        if os.path.isfile(settings.start):
+            _rows_of_file(open_file(settings.start), plan)
+        else:
+            yield (
+                f"`dam.start` is {settings.start}, which is no file: give the path of a "
+                f"coefficient file, or one of {', '.join(STARTS)}"
+            )
 
 
 def start(
     plan: Plan, skeleton: Skeleton, weights: SourceWeights, settings: Settings
 ) -> dict[str, Tensor]:
-    """Output tensor -> coefficients [N, *B]: equal in each tensor, one number for each source.
+    """Output tensor -> coefficients [N, *B]; `least_squares` goes on from the ones made here.
 
-    A source without an optional tensor has zeros there, and keeps them.
+    Equal in each tensor, one number for each source, unless they are another fit's. A source
+    without an optional tensor has zeros there, and keeps them.
     """
     result = {}
+    chosen = choose_start(settings, plan)
+    file = None if chosen in STARTS else open_file(chosen)
     for name in weights.names():
         stack = weights[name]
         shape = _shape(name, stack, skeleton, settings)
+        if file is not None:
+            result[name] = _from_file(file, name, shape, plan)
+            continue
+        given = starting_weights(plan, name, stack.rows, settings, ignored=chosen == "average")
         values = torch.zeros(len(plan.sources))
-        given = starting_weights(plan, name, stack.rows, settings)
         values[list(stack.rows)] = torch.tensor(given)
         result[name] = values.reshape(-1, *[1] * len(shape)).expand(-1, *shape).clone()
     return result
+
+
+def _from_file(
+    file: CoefficientFile, name: str, shape: tuple[int, ...], plan: Plan
+) -> Tensor:  # [N, *B]
+    """Another fit's coefficients; those of a coarser granularity hold for each of its parts."""
+    file.check_shape(name, shape)
+    return file.get(name)[_rows_of_file(file, plan)].expand(-1, *shape).clone()
+
+
+def _rows_of_file(file: CoefficientFile, plan: Plan) -> list[int]:
+    rows = match(file.header.sources, plan.sources)
+    if None in rows or len(file.header.sources) != len(rows):
+        raise DamError(
+            f"`dam.start`: {file.path} was fitted for other sources: give the file of a fit of "
+            "these, or another start."
+        )
+    return rows
 
 
 def _shape(name: str, stack: Stack, skeleton: Skeleton, settings: Settings) -> tuple[int, ...]:
@@ -43,15 +113,18 @@ def _shape(name: str, stack: Stack, skeleton: Skeleton, settings: Settings) -> t
     )
 
 
-def starting_weights(plan: Plan, name: str, rows: Sequence[int], settings: Settings) -> list[float]:
-    """One starting coefficient for each source that has the tensor, given by its row.
+def starting_weights(
+    plan: Plan, name: str, rows: Sequence[int], settings: Settings, *, ignored: bool = False
+) -> list[float]:
+    """One starting coefficient for each source that has the tensor, given by its row; the YAML's
+    weights may be `ignored`.
 
     As in mergekit: `linear` divides by the sum of the weights unless told otherwise, methods on
     task vectors do not, or have divided in preparing them.
     """
     output, is_prepared = plan.tensors[name], settings.sparsify != "task_arithmetic"
     given = [output.input_parameters[plan.sources[row]].get("weight") for row in rows]
-    if all(weight is None for weight in given):
+    if ignored or all(weight is None for weight in given):
         return [1 / (len(plan.sources) if is_prepared else len(rows))] * len(rows)
     if None in given:
         source = plan.sources[rows[given.index(None)]]

@@ -16,7 +16,7 @@ from mergekit_dam.model import Stack
 
 Coefficients = dict[str, Tensor]  # output tensor -> [n, *B], of the n sources that have it
 
-JITTER = 1e-9  # of a block's diagonal: identical sources make it singular
+JITTER = 1e-6  # of a block's largest entry: float32 rounds one of rank one to below that
 
 
 class Problem:
@@ -149,8 +149,9 @@ class _Blocks:
             blocks = problem.blocks(name, tuple(c.shape[1:])).double()
             diagonal = blocks.diagonal(dim1=-2, dim2=-1)
             self._penalties[name] = ridge * float(diagonal.mean())
+            largest = diagonal.amax(-1, keepdim=True)
             # Where no token reaches there is no derivative, and no residual either.
-            diagonal.add_(self._penalties[name] + JITTER * diagonal + (diagonal == 0))
+            diagonal.add_(self._penalties[name] + JITTER * largest + (largest == 0))
             self._factors[name] = torch.linalg.cholesky(blocks)
 
     def solved(self, residual: Coefficients) -> Coefficients:

@@ -189,9 +189,11 @@ class MergedModel(nn.Module):
         with self._seen_as(view):
             return block.weights()
 
-    def has_own_model(self, source: int) -> bool:
-        """Whether a source is no filling of the merge's skeleton, but a model of its own."""
-        return source in self._teachers
+    def trained_blocks(self) -> list[Block]:
+        """The blocks that have trained tensors of their own."""
+        trained = self.trained_coefficients().keys()
+        blocks = (module for module in self.model.modules() if isinstance(module, Block))
+        return [block for block in blocks if trained & set(block.tensors.values())]
 
     def stack(self, name: str) -> Stack:
         """The inputs of one output tensor."""
