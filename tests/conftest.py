@@ -41,7 +41,7 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
             "dtype": "float32",
             "dam": {
                 "data": data,
-                "start": "average",
+                "start": "weights",
                 "steps": 3,
                 "batch_size": 2,
                 "held_out": 0.2,

@@ -126,7 +126,7 @@ class Objective(_Block):
     the coefficients alone.
     """
 
-    temperature: float = Field(2.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
+    temperature: float = Field(1.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
     kl: Weight = Field(1.0, description="T² · KL(source ‖ merge), mean over the tokens")
     reverse_kl: Weight = Field(0.0, description="T² · KL(merge ‖ source)")
     jsd: Weight = Field(0.0, description="T² · Jensen-Shannon divergence")
@@ -213,7 +213,12 @@ class Settings(_Block):
     )
     batch_size: int = Field(4, ge=1, description="rows of each source in a step, on each device")
     accumulation: int = Field(1, ge=1, description="batches added up for one step")
-    learning_rate: float = Field(0.01, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of AdamW; default: for each tensor 0.05 times how far its "
+        "sources are apart, relative to their size",
+    )
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = Field(
         "cosine", description="how the learning rate falls"
     )

@@ -195,6 +195,17 @@ class MergedModel(nn.Module):
         blocks = (module for module in self.model.modules() if isinstance(module, Block))
         return [block for block in blocks if trained & set(block.tensors.values())]
 
+    @torch.no_grad()
+    def spread(self, name: str) -> float:
+        """How far what the coefficients of an output tensor scale is apart: the root mean square
+        of D_i - mean D over that of D_i, between 0 (all the same) and 1."""
+        parts, base = self._weights[name].parts
+        parts = [part.float() - (0 if base is None else base.float()) for part in parts]
+        mean = sum(parts) / len(parts)
+        apart = sum((part - mean).square().mean() for part in parts)
+        size = sum(part.square().mean() for part in parts)
+        return float((apart / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt())
+
     def stack(self, name: str) -> Stack:
         """The inputs of one output tensor."""
         return self._weights[name]
