@@ -43,8 +43,8 @@ def first_of_another_layout(plan: Plan) -> ModelReference | None:
 
 def start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
     """Why the fit could not start where `dam.start` says."""
-    other = first_of_another_layout(plan)
-    if settings.start == "least_squares" and other is not None:
+    other = first_of_another_layout(plan) if settings.start == "least_squares" else None
+    if other is not None:
         yield (
             f"`dam.start: least_squares` compares layer with layer, and those of {other} are not "
             "the merge's: use `start: average`"
