@@ -17,7 +17,7 @@ from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.resume import PROGRESS
 from mergekit_dam.fit.stage import prepare
-from mergekit_dam.formula import coefficient_shape
+from mergekit_dam.formula import coefficient_shape, combine
 from mergekit_dam.least_squares import least_squares
 from mergekit_dam.least_squares.layers import layers
 from mergekit_dam.least_squares.objective import (
@@ -26,7 +26,7 @@ from mergekit_dam.least_squares.objective import (
     NormObjective,
 )
 from mergekit_dam.least_squares.solve import Problem, solve
-from mergekit_dam.model import Block, Stack
+from mergekit_dam.model import Block, Inputs
 
 QUIET = MergeOptions(quiet=True)
 GRANULARITIES = ("column", "row", "tensor", "element")
@@ -38,10 +38,10 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def stack(*shape: int, base: bool = False, seed: int = 0) -> Stack:
+def tensors(*shape: int, base: bool = False, seed: int = 0) -> Inputs:
     sources = tuple(random(*shape, seed=seed + index) for index in range(N))
     subtracted = random(*shape, seed=seed + 9) if base else None
-    return Stack(sources, tuple(range(N)), subtracted, None, torch.float64)
+    return Inputs(sources, subtracted, None)
 
 
 def linear(axis: int, bias: bool, tokens: int = 40) -> LinearObjective:
@@ -51,14 +51,19 @@ def linear(axis: int, bias: bool, tokens: int = 40) -> LinearObjective:
     return objective
 
 
-def starts(stacks: dict[str, Stack], granularity: str, axis: int = -1) -> dict[str, torch.Tensor]:
+def starts(layer: dict[str, Inputs], granularity: str, axis: int = -1) -> dict[str, torch.Tensor]:
     return {
         name: torch.full(
-            (N, *coefficient_shape(s.shape, granularity, input_axis=axis, bias=name == "b")),
+            (
+                N,
+                *coefficient_shape(
+                    s.sources[0].shape, granularity, input_axis=axis, bias=name == "b"
+                ),
+            ),
             1 / N,
             dtype=torch.float64,
         )
-        for name, s in stacks.items()
+        for name, s in layer.items()
     }
 
 
@@ -70,7 +75,7 @@ def dense(problem: Problem, start: dict[str, torch.Tensor], ridge: float) -> tor
         parts = flat.split(sizes)
         weights = {}
         for (name, c), part in zip(start.items(), parts, strict=True):
-            s = problem._stacks[name]
+            s = problem._inputs[name]
             base = 0 if s.base is None else s.base
             factors = part.reshape(c.shape)
             weights[name] = base + sum(
@@ -93,9 +98,9 @@ def dense(problem: Problem, start: dict[str, torch.Tensor], ridge: float) -> tor
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_solution_is_that_of_the_normal_equations(granularity, axis, bias, base):
     shape = (OUT, IN) if axis == -1 else (IN, OUT)
-    stacks = {"w": stack(*shape, base=base)} | ({"b": stack(OUT, base=base)} if bias else {})
-    problem = Problem(linear(axis, bias), stacks, torch.float64)
-    start = starts(stacks, granularity, axis)
+    layer = {"w": tensors(*shape, base=base)} | ({"b": tensors(OUT, base=base)} if bias else {})
+    problem = Problem(linear(axis, bias), layer, torch.float64)
+    start = starts(layer, granularity, axis)
     found = solve(problem, start, 0.01, iterations=500, tolerance=1e-9)
     flat = torch.cat([c.flatten() for c in found.values()])
     torch.testing.assert_close(flat, dense(problem, start, 0.01), rtol=2e-4, atol=2e-4)
@@ -104,15 +109,15 @@ def test_a_solution_is_that_of_the_normal_equations(granularity, axis, bias, bas
 @pytest.mark.parametrize("kind", ["embedding", "norm"])
 def test_embeddings_and_norms_have_theirs_too(kind):
     if kind == "embedding":
-        stacks, objective = {"w": stack(6, IN)}, EmbeddingObjective("w")
+        layer, objective = {"w": tensors(6, IN)}, EmbeddingObjective("w")
         for source in range(N):
             counts = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(source))
-            objective.add(counts, stacks["w"].sources[source], 0.1)
+            objective.add(counts, layer["w"].sources[source], 0.1)
     else:
-        stacks, objective = {"w": stack(IN), "b": stack(IN, seed=3)}, NormObjective("w", "b")
+        layer, objective = {"w": tensors(IN), "b": tensors(IN, seed=3)}, NormObjective("w", "b")
         for source in range(N):
             objective.add(random(30, IN, seed=source), random(30, IN, seed=source + 4), 0.1)
-    problem, start = Problem(objective, stacks, torch.float64), starts(stacks, "column")
+    problem, start = Problem(objective, layer, torch.float64), starts(layer, "column")
     found = solve(problem, start, 0.01, iterations=500, tolerance=1e-9)
     flat = torch.cat([c.flatten() for c in found.values()])
     torch.testing.assert_close(flat, dense(problem, start, 0.01), rtol=2e-4, atol=2e-4)
@@ -120,13 +125,13 @@ def test_embeddings_and_norms_have_theirs_too(kind):
 
 @pytest.mark.parametrize("granularity", ["column", "row", "tensor"])
 def test_known_coefficients_are_recovered(granularity):
-    stacks = {"w": stack(OUT, IN)}
-    start = starts(stacks, granularity)
+    layer = {"w": tensors(OUT, IN)}
+    start = starts(layer, granularity)
     known = {"w": random(*start["w"].shape, seed=7)}
-    weight = stacks["w"].merge(known["w"], torch.float64)
+    weight = combine(known["w"], layer["w"].sources)
     objective, inputs = LinearObjective("w", None), random(60, IN)
     objective.add(inputs, inputs @ weight.T, 1 / 60)
-    problem = Problem(objective, stacks, torch.float64)
+    problem = Problem(objective, layer, torch.float64)
     found = solve(problem, start, 0.0, iterations=500, tolerance=1e-10)
     torch.testing.assert_close(found["w"], known["w"], rtol=1e-4, atol=1e-4)
 
@@ -144,15 +149,15 @@ def test_known_coefficients_are_recovered(granularity):
 def test_never_worse_than_the_start_and_always_finite(
     granularity, tokens, dead, identical, ridge, iterations, seed
 ):
-    stacks = {"w": stack(OUT, IN, seed=seed)}
+    layer = {"w": tensors(OUT, IN, seed=seed)}
     if identical:
-        same = stacks["w"].sources[0]
-        stacks["w"] = Stack((same, same, random(OUT, IN)), (0, 1, 2), None, None, torch.float64)
+        same = layer["w"].sources[0]
+        layer["w"] = Inputs((same, same, random(OUT, IN)), None, None)
     objective, inputs = LinearObjective("w", None), random(tokens, IN, seed=seed).float()
     if dead:
         inputs[:, 1] = 0
     objective.add(inputs, random(tokens, OUT, seed=seed + 1).float(), 1 / tokens)
-    problem, start = Problem(objective, stacks), starts(stacks, granularity)
+    problem, start = Problem(objective, layer), starts(layer, granularity)
     start = {name: c.float() for name, c in start.items()}
     found = solve(problem, start, ridge, iterations=iterations)
     assert torch.isfinite(found["w"]).all()

@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from mergekit_dam.formula import combine
 from mergekit_dam.least_squares.objective import LayerObjective, Weights
-from mergekit_dam.model import Stack
+from mergekit_dam.model import Inputs
 
 Coefficients = dict[str, Tensor]  # output tensor -> [n, *B], of the n sources that have it
 
@@ -25,10 +26,10 @@ class Problem:
     def __init__(
         self,
         objective: LayerObjective,
-        stacks: Mapping[str, Stack],
+        inputs: Mapping[str, Inputs],  # of the layer's output tensors
         dtype: torch.dtype = torch.float32,
     ):
-        self.objective, self._stacks, self._dtype = objective, dict(stacks), dtype
+        self.objective, self._inputs, self._dtype = objective, dict(inputs), dtype
 
     def value(self, coefficients: Coefficients) -> float:
         return self.objective.value(self._weights(coefficients))
@@ -46,7 +47,7 @@ class Problem:
         """The second derivative's product with a step."""
 
         def along(weights: Weights) -> Weights:
-            bases = {name: self._stacks[name].base for name in weights}
+            bases = {name: self._inputs[name].base for name in weights}
             linear = {n: w if bases[n] is None else w - bases[n] for n, w in weights.items()}
             return self.objective.product(linear)
 
@@ -70,7 +71,12 @@ class Problem:
         return blocks
 
     def _weights(self, coefficients: Coefficients) -> Weights:
-        return {name: self._stacks[name].merge(c, self._dtype) for name, c in coefficients.items()}
+        return {name: self._weight(self._inputs[name], c) for name, c in coefficients.items()}
+
+    def _weight(self, inputs: Inputs, coefficients: Tensor) -> Tensor:
+        is_prepared = inputs.prepared is not None
+        parts = inputs.prepared if is_prepared else inputs.sources
+        return combine(coefficients, parts, inputs.base, self._dtype, prepared=is_prepared)
 
     def _reduced(
         self, coefficients: Coefficients, of_weights: Callable[[Weights], Weights]
@@ -90,14 +96,16 @@ class Problem:
     def _alone(self, name: str, part: Tensor) -> Weights:
         """One tensor of the layer, the others zero."""
         return {
-            other: part if other == name else torch.zeros_like(stack.sources[0], dtype=self._dtype)
-            for other, stack in self._stacks.items()
+            other: part if other == name else torch.zeros_like(own.sources[0], dtype=self._dtype)
+            for other, own in self._inputs.items()
         }
 
     def _differences(self, name: str) -> list[Tensor]:  # D_i
-        parts, base = self._stacks[name].parts
-        base = 0 if base is None else base.to(self._dtype)
-        return [part.to(self._dtype) - base for part in parts]
+        inputs = self._inputs[name]
+        if inputs.prepared is not None:
+            return [part.to(self._dtype) for part in inputs.prepared]
+        base = 0 if inputs.base is None else inputs.base.to(self._dtype)
+        return [source.to(self._dtype) - base for source in inputs.sources]
 
 
 def solve(

@@ -141,7 +141,8 @@ class _Walk:
         rows = {name: list(stack.rows) for name, stack in stacks.items()}
         parameters = self._merged.coefficients()
         start = {name: parameters[name][rows[name]] for name in stacks}
-        problem, unseen = Problem(fit, stacks), Problem(check, stacks)
+        inputs = {name: stack.load() for name, stack in stacks.items()}
+        problem, unseen = Problem(fit, inputs), Problem(check, inputs)
         best, found, lowest = start, start, unseen.value(start)
         for ridge in RIDGES:
             found = solve(problem, start, ridge, first=found)

@@ -2,7 +2,7 @@
 
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.merged import Head, MergedModel, View
-from mergekit_dam.model.offload import Offload
+from mergekit_dam.model.offload import Inputs, Offload
 from mergekit_dam.model.recompute import Recompute
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
 from mergekit_dam.model.weights import SourceWeights, Stack
@@ -10,6 +10,7 @@ from mergekit_dam.model.weights import SourceWeights, Stack
 __all__ = [
     "Block",
     "Head",
+    "Inputs",
     "MergedModel",
     "Offload",
     "Recompute",
