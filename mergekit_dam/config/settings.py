@@ -126,7 +126,7 @@ class Objective(_Block):
     the coefficients alone.
     """
 
-    temperature: float = Field(1.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
+    temperature: float = Field(2.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
     kl: Weight = Field(1.0, description="T² · KL(source ‖ merge), mean over the tokens")
     reverse_kl: Weight = Field(0.0, description="T² · KL(merge ‖ source)")
     jsd: Weight = Field(0.0, description="T² · Jensen-Shannon divergence")
