@@ -255,7 +255,8 @@ def test_a_start_that_was_killed_goes_on_after_the_last_whole_block(recipe, mode
     whole = prepare(recipe_, QUIET, device="cpu")
     folder, arguments = tmp_path / "fit", {"quiet": True}
     folder.mkdir()
-    calibrate(whole.merged, whole.data, whole.settings, folder, resume=False, **arguments)
+    known = [None] * len(models)
+    calibrate(whole.merged, whole.data, whole.settings, folder, known, resume=False, **arguments)
 
     half, reports = prepare(recipe_, QUIET, device="cpu"), []
 
@@ -268,11 +269,13 @@ def test_a_start_that_was_killed_goes_on_after_the_last_whole_block(recipe, mode
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mergekit_dam.fit.calibration.tqdm", lambda **_: _Bar(kill))
         with pytest.raises(Killed):
-            calibrate(half.merged, half.data, half.settings, folder, resume=False, **arguments)
+            calibrate(
+                half.merged, half.data, half.settings, folder, known, resume=False, quiet=True
+            )
     kept = (folder / PROGRESS).read_bytes()
 
     rest = prepare(recipe_, QUIET, device="cpu")
-    calibrate(rest.merged, rest.data, rest.settings, folder, resume=True, **arguments)
+    calibrate(rest.merged, rest.data, rest.settings, folder, known, resume=True, **arguments)
     assert len(kept) < len((folder / PROGRESS).read_bytes())
     for name, c in whole.merged.coefficients().items():
         assert torch.equal(c, rest.merged.coefficients()[name]), name
@@ -307,7 +310,7 @@ def test_a_fit_may_start_where_another_has_ended(recipe, models, tmp_path):
     )
 
 
-def test_the_default_is_the_yamls_weights_or_least_squares(recipe, models, tmp_path):
+def test_the_default_is_the_yamls_weights_or_least_squares_or_the_average(recipe, models, tmp_path):
     def start_of(path: Path) -> str:
         return prepare(read_recipe(str(path)), QUIET, device="cpu").settings.start
 
@@ -321,7 +324,8 @@ def test_the_default_is_the_yamls_weights_or_least_squares(recipe, models, tmp_p
         path.write_text(text)
         return path
 
-    assert start_of(recipe(models[:2], dam={"start": None})) == "least_squares"
+    assert start_of(recipe(models[:2], dam={"start": None, "steps": 0})) == "least_squares"
+    assert start_of(recipe(models[:2], dam={"start": None})) == "average"
     assert start_of(weighted(recipe(models[:2], dam={"start": None}))) == "weights"
     assert start_of(recipe(models[:2], dam={"start": "average"})) == "average"
 

@@ -198,7 +198,8 @@ class Settings(_Block):
         None,
         description="where the coefficients begin: `least_squares` (layer by layer, nearest to the "
         "sources' own outputs), `average`, `weights` (the YAML's), or the path of a coefficient "
-        "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
+        "file of these sources; default: `weights` where the YAML gives some, else `least_squares` "
+        "with `steps: 0` and `average` before a fit",
     )
     calibration: int = Field(
         256, ge=1, description="rows of each source for the least-squares start"

@@ -1,19 +1,24 @@
 """The least-squares start of a fit: its rows, its progress, and going on where it was killed."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import safetensors
 import safetensors.torch
+import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from mergekit_dam.config import Settings
-from mergekit_dam.data import SourceData
+from mergekit_dam.data import Row, SourceData
+from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.resume import PROGRESS
 from mergekit_dam.fit.trainer import is_main_process
-from mergekit_dam.least_squares import least_squares
+from mergekit_dam.least_squares import CHECKED, least_squares
 from mergekit_dam.model import MergedModel
+
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the way from the start to the solution
 
 
 def calibrate(
@@ -21,15 +26,19 @@ def calibrate(
     data: Sequence[SourceData],
     settings: Settings,
     folder: Path,
+    known: Sequence[Tensor | None],  # tokens of each source, see `Plan.known_tokens`
     *,
     resume: bool,
     quiet: bool,
 ) -> None:
-    """Solve the trained coefficients of a merged model, block after block.
+    """Solve the trained coefficients of a merged model, block after block, and go as far towards
+    the solution as brings the merge nearest to its sources on rows that were not solved for.
 
     Progress is kept in `folder`; with `resume` the blocks that are done are not solved again, and
     the result is the same. Every process of a distributed fit solves for itself.
     """
+    start = {name: c.detach().clone() for name, c in merged.trained_coefficients().items()}
+    rows = [source.train[: settings.calibration] for source in data]
     solved = _restore(merged, folder / PROGRESS) if resume else set()
     with tqdm(
         total=len(merged.trained_blocks()), desc="Solving", disable=quiet or not is_main_process()
@@ -40,8 +49,28 @@ def calibrate(
             if is_main_process() and done - solved:
                 _keep(merged, done, folder / PROGRESS)
 
-        rows = [source.train[: settings.calibration] for source in data]
         least_squares(merged, rows, solved=solved, report=report)
+    _go_as_far_as_helps(merged, start, [own[::CHECKED] for own in rows], settings, known)
+
+
+def _go_as_far_as_helps(
+    merged: MergedModel,
+    start: Mapping[str, Tensor],
+    unseen: Sequence[Sequence[Row]],
+    settings: Settings,
+    known: Sequence[Tensor | None],
+) -> None:
+    """Layers that are each nearer to the sources need not make a merge that is."""
+    trained = merged.trained_coefficients()
+    found = {name: c.detach().clone() for name, c in trained.items()}
+
+    def divergence(share: float) -> float:
+        for name, coefficient in trained.items():
+            coefficient.data.copy_(torch.lerp(start[name], found[name], share))
+        return sum(f.kl for f in evaluate(merged, unseen, settings.batch_size, known))
+
+    best = min(SHARES, key=divergence)
+    divergence(best)
 
 
 def _keep(merged: MergedModel, solved: set[str], path: Path) -> None:

@@ -246,7 +246,7 @@ def _train(
         )
     beginning = before
     if settings.start == "least_squares" and checkpoint is None:
-        calibrate(merged, prepared.data, settings, folder, resume=resume, quiet=quiet)
+        calibrate(merged, prepared.data, settings, folder, known, resume=resume, quiet=quiet)
     if settings.max_steps:
         if checkpoint is None:
             beginning = at_start(merged.coefficients(), before, figures)

@@ -21,12 +21,14 @@ from mergekit_dam.task_vectors import Preparation, resolve
 
 def choose_start(settings: Settings, plan: Plan) -> str:
     """What `dam.start` says; by default the YAML's weights, where it gives some, or else least
-    squares, where every source fills the merge's own skeleton."""
+    squares for a merge without gradients and the average for a fit (docs/method.md has the
+    measurements)."""
     if settings.start is not None:
         return settings.start
     if any("weight" in given for given in _given_parameters(plan)):
         return "weights"
-    return "least_squares" if first_of_another_layout(plan) is None else "average"
+    solves = settings.max_steps == 0 and first_of_another_layout(plan) is None
+    return "least_squares" if solves else "average"
 
 
 def _given_parameters(plan: Plan) -> Iterator[set[str]]:
