@@ -94,12 +94,12 @@ def check_file(
     if len(read_documents(config)) == 1:  # with a name, too
         recipe = read_recipe(config)
         arguments = {"coefficients": recipe.coefficients, "will_fit": True, "will_merge": True}
-        outlook = check(recipe, options, **arguments, device=device, reads_data=True)
+        outlook = check(recipe, options, **arguments, device=device, in_full=True)
         yield f"{config} is ready to fit.", outlook
         return
     folder = folder or f"{config}.steps"  # nothing is there, unless a folder is given
     steps = read_chain(config, folder)
-    outlooks = check_chain(config, steps, folder, options, device=device, reads_data=True)
+    outlooks = check_chain(config, steps, folder, options, device=device, in_full=True)
     yield f"{config} is ready to run, step by step:\n", None
     for step in steps:
         label, waits = label_of(step), waits_for(step, folder)

@@ -33,7 +33,7 @@ def check_chain(
     options: MergeOptions,
     *,
     device: str,
-    reads_data: bool = False,
+    in_full: bool = False,
 ) -> dict[str, Outlook | None]:
     """What is to come of each step whose inputs are there; None for mergekit's own methods, and
     for steps that wait for others.
@@ -46,7 +46,7 @@ def check_chain(
         is_there = step.name is not None and is_merged(f"{folder}/{step.name}")
         begins = not is_there and not waits_for(step, folder)
         try:
-            outlooks[label] = _check_step(step, folder, options, device, reads_data, begins=begins)
+            outlooks[label] = _check_step(step, folder, options, device, in_full, begins=begins)
         except DamError as error:
             found += _parts(error.message, step.recipe.path)
         if is_there:
@@ -58,7 +58,7 @@ def check_chain(
 
 
 def _check_step(
-    step: Step, folder: str, options: MergeOptions, device: str, reads_data: bool, *, begins: bool
+    step: Step, folder: str, options: MergeOptions, device: str, in_full: bool, *, begins: bool
 ) -> Outlook | None:
     """`begins`: whether all its inputs are there, and it is not."""
     recipe, is_fitted = step.recipe, step.recipe.merge.merge_method == "dam"
@@ -70,7 +70,7 @@ def _check_step(
             will_fit=True,
             will_merge=False,
             device=device,
-            reads_data=reads_data,
+            in_full=in_full,
         )
     problems = list(model_problems(recipe, options, but_under=folder))
     if is_fitted:

@@ -1,5 +1,6 @@
 """Runs the real command lines in processes of their own, as a user would."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -7,6 +8,9 @@ import tempfile
 import traceback
 from importlib.metadata import entry_points
 from pathlib import Path
+
+import mergekit_dam.check
+import mergekit_dam.fit  # noqa: F401  before any fork
 
 SCRIPTS = Path(sys.executable).parent
 
@@ -47,6 +51,7 @@ def _fork(name: str, arguments: list[str]) -> subprocess.CompletedProcess:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = os.fork()
         if process == 0:
+            gc.freeze()  # what the tests have loaded is no garbage of the command's
             os._exit(_main(main, [name, *arguments], out.fileno(), err.fileno()))
         _, status = os.waitpid(process, 0)
         out.seek(0)

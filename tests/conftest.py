@@ -17,6 +17,17 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+from mergekit_dam import report  # noqa: E402  after the settings above
+
+
+@pytest.fixture(autouse=True)
+def _draws_nothing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pictures of a report take longer than a fit of tiny models; a module that looks at them
+    says `DRAWS = True`."""
+    if not getattr(request.module, "DRAWS", False):
+        monkeypatch.setattr(report, "can_draw", lambda: False)
+
+
 @pytest.fixture
 def recipe(tmp_path: Path) -> Callable[..., Path]:
     """Writes a config, its data and its models' names; returns the path of the YAML."""

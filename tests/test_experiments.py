@@ -42,7 +42,7 @@ def test_a_scenario_is_ready_to_be_compared(driver, scenario, tmp_path):
     options = MergeOptions(quiet=True, lora_merge_cache=str(tmp_path / "lora"))
     check(
         recipe, options, coefficients=recipe.coefficients, will_fit=True, will_merge=False,
-        device="cpu", reads_data=True,
+        device="cpu", in_full=True,
     )  # fmt: skip
     count = {"two": 2, "eight": 8, "domains": 3, "tied": 3, "lora": 3}.get(scenario, 4)
     assert len(recipe.settings.data) == count

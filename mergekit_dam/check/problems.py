@@ -41,13 +41,14 @@ def check(
     will_fit: bool,
     will_merge: bool,
     device: str = "auto",
-    reads_data: bool = False,
+    in_full: bool = False,
 ) -> "Outlook | None":
-    """Raise one DamError that lists all mistakes; else what is to come of a fit (None without one).
+    """Raise one DamError that lists all mistakes.
 
     `coefficients` is the file that the fit writes (`will_fit`) or the merge reads
     (`will_merge`); with both it is compared with the config where it exists already. With
-    `reads_data` the rows are read and tokenised, too; a fit does so itself before it loads weights.
+    `in_full` the rows are read and tokenised, too, which a fit does itself before it loads weights,
+    and what a fit will need is returned.
     """
     problems, settings = list(recipe.problems), recipe.settings
     problems += path_problems(recipe, coefficients, will_fit=will_fit)
@@ -72,15 +73,16 @@ def check(
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         problems += _collect(_file_problems(coefficients, settings, plan, shapes))
     previews = []
-    if reads_data and settings is not None and not of_fit:
+    if in_full and settings is not None and not of_fit:
         previews = list(_previews(settings, plan, coefficients or "", problems))
     result = None
     if will_fit and not problems:
         try:
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
-            found = estimate(plan, settings, shapes, skeleton, choose_device(device))
-            result = Outlook(found, tuple(previews))
+            if in_full:
+                found = estimate(plan, settings, shapes, skeleton, choose_device(device))
+                result = Outlook(found, tuple(previews))
         except DamError as error:
             problems.append(error.message)
     if problems:
