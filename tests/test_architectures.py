@@ -22,7 +22,7 @@ from transformers.core_model_loading import MergeModulelist
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.stage import Fit, prepare
+from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.model import build_skeleton
 
 QUIET = MergeOptions(quiet=True)

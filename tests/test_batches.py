@@ -16,7 +16,7 @@ from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import PADDING, ByLength, StepRows, batch, collate, groups
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import MergedModel
 
 QUIET = MergeOptions(quiet=True)

@@ -13,7 +13,7 @@ from mergekit_dam.fit import chunks
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import COMPARISONS, Distillation
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block
 from mergekit_dam.model.split import Split
 

@@ -19,8 +19,8 @@ from mergekit_dam.compare.answers import Answer, exact_matches, load_answers
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.rows import load_data
-from mergekit_dam.fit.stage import prepare
 from mergekit_dam.plan import plan_merge
 
 OPTIONS = MergeOptions(quiet=True)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.method import dam
 from mergekit_dam.task_vectors import METHODS
 

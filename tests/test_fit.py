@@ -23,7 +23,7 @@ from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 
 QUIET = MergeOptions(quiet=True)
 

@@ -24,8 +24,8 @@ from mergekit_dam.data.written import Written, load_written, save_written
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.sample import Sampler
-from mergekit_dam.fit.stage import prepare
 from mergekit_dam.model.whole import load_whole
 from mergekit_dam.plan import plan_alone
 

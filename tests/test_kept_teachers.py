@@ -13,7 +13,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit, teachers
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.trainer import CoefficientTrainer
 from mergekit_dam.model import MergedModel
 

@@ -15,8 +15,8 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.resume import PROGRESS
-from mergekit_dam.fit.stage import prepare
 from mergekit_dam.formula import coefficient_shape, combine
 from mergekit_dam.least_squares import least_squares
 from mergekit_dam.least_squares.layers import layers

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.trainer import integration_problems, labels
 
 Scalars = dict[str, dict[int, float]]  # tag -> step -> value
@@ -19,6 +19,7 @@ LOGGED = {
     "report_to": ["tensorboard"],
     "objective": {"jsd": 0.5, "l1": 1e-4, "l2": 1e-4},
     "steps": 4,
+    "learning_rate": 0.01,
     "schedule": "linear",
     "warmup": 0.0,
 }
@@ -60,7 +61,7 @@ def test_every_term_is_in_tensorboards_files(recipe: Callable, models: list[Path
 
 def test_tokens_are_those_of_the_rows(recipe: Callable, models: list[Path]) -> None:
     """An epoch reads each of them once."""
-    config = recipe(models, dam={**LOGGED, "steps": None, "epochs": 1, "batch_size": 4})
+    config = recipe(models, dam={**LOGGED, "steps": None, "epochs": 1, "batch_size": 1})
     run("mergekit-dam", "fit", config)
     prepared = prepare(read_recipe(str(config)), MergeOptions(quiet=True), device="cpu")
     total = sum(len(row) for source in prepared.data for row in source.train)

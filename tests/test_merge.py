@@ -21,7 +21,7 @@ from mergekit_dam.coefficients import CoefficientFile, save
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.plan import plan_merge
 
 QUIET = MergeOptions(quiet=True)

@@ -9,7 +9,7 @@ from mergekit.options import MergeOptions
 from torch.func import functional_call
 
 from mergekit_dam.config import read_recipe
-from mergekit_dam.fit.stage import Fit, prepare
+from mergekit_dam.fit.prepare import Fit, prepare
 
 QUIET = MergeOptions(quiet=True)
 

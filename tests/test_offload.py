@@ -10,7 +10,7 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.fit import fit, memory
 from mergekit_dam.fit.memory import choose_offload
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block
 from mergekit_dam.model.offload import InHostMemory
 

@@ -12,7 +12,7 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.memory import Needs, choose_recompute
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import weights
 from mergekit_dam.model.activations import Activations, measure
 

@@ -31,6 +31,7 @@ from mergekit_dam.fit import fit
 from mergekit_dam.report.plots import Limits, axes_of, colour, heat_map, held_out, short
 from mergekit_dam.summary import cells, statistics
 
+DRAWS = True
 EVIL = "<script>alert('x')</script>/$a_{$ & \"b\""
 KINDS = ("self_attn.q_proj.weight", "mlp.up_proj.weight", "input_layernorm.weight")
 

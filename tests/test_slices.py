@@ -14,7 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 
 QUIET = MergeOptions(quiet=True)
 CONFIG = transformers.LlamaConfig(**{**tiny.SIZES, "num_hidden_layers": 4})

@@ -12,7 +12,7 @@ from compatibility import shows
 from mergekit.options import MergeOptions
 
 from mergekit_dam.config import read_recipe
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 
 ROPE = {"rope_type": "default", "rope_theta": 20.0}
 OTHERS = {

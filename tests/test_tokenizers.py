@@ -19,7 +19,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.stage import Fit, prepare
+from mergekit_dam.fit.prepare import Fit, prepare
 
 QUIET = MergeOptions(quiet=True)
 FEWER = tiny.LETTERS[:-9]  # without the digits from 4 and the signs

@@ -17,6 +17,7 @@ from test_docs import messages
 from mergekit_dam import report
 from mergekit_dam.config.settings import PRESETS, Objective, Settings, Train
 
+DRAWS = True
 ROOT = Path(__file__).resolve().parents[1]
 TEMPLATE = "{% for m in messages %}{{ m.role }}:{{ m.content }}{{ eos_token }}{% endfor %}"
 MODELS = ("Qwen2.5-0.5B", "Qwen2.5-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct")
@@ -109,7 +110,8 @@ def test_migration_names_keys_and_defaults_that_exist():
         assert cell in known, cell
     paper = PRESETS["paper"]
     for line in (
-        f"| 1e-3 | `learning_rate` | {paper['learning_rate']} with the preset |",
+        "| 1e-3 | `learning_rate` | for each tensor by how far its sources are apart; "
+        f"{paper['learning_rate']} with the preset |",
         f"`{paper['schedule']}` with the preset",
         "| `--per_device_train_batch_size` | 1 | `batch_size` | "
         f"{Settings.model_fields['batch_size'].default}, with the preset too |",

@@ -9,6 +9,7 @@ import yaml
 from commands import run
 
 from mergekit_dam.coefficients import Figures
+from mergekit_dam.fit import verdict
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 
 SENTENCE = "Warning: The fit ends farther from its sources than it began"
@@ -41,11 +42,15 @@ def figures_of(*kls: float) -> tuple[Figures, ...]:
     return tuple(Figures(tokens=1, kl=kl, perplexity=2.0, source_perplexity=2.0) for kl in kls)
 
 
-def test_means_over_the_sources_are_compared(caplog):
+def test_means_over_the_sources_are_compared(monkeypatch):
+    told = []
+    monkeypatch.setattr(verdict.LOG, "warning", lambda text, *values: told.append(text % values))
     warn_if_worse(figures_of(1.0, 2.0), figures_of(2.5, 0.4))
-    assert not caplog.records
+    assert not told
     warn_if_worse(figures_of(1.0, 2.0), figures_of(0.1, 3.0))
-    assert "1.5500, 1.5000 at the start" in caplog.text
+    assert "1.5500, 1.5000 at the start" in told.pop()
+    warn_if_worse(figures_of(1.0, 2.0), figures_of(1.0, 2.0))
+    assert "its start, which is kept" in told.pop()
 
 
 def test_the_average_is_not_evaluated_twice():

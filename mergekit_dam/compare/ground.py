@@ -22,7 +22,7 @@ from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.objective import among
-from mergekit_dam.fit.stage import own_model, own_models
+from mergekit_dam.fit.prepare import own_model, own_models
 from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan
 

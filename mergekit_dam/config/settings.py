@@ -257,8 +257,14 @@ class Settings(_Block):
     evaluate_every: int | None = Field(
         None,
         ge=1,
-        description="steps between held-out evaluations, for the report's curve; default: before "
-        "and after the fit alone",
+        description="steps between held-out evaluations, for the report's curve; the fit ends with "
+        "the best coefficients of them; default: before and after the fit alone",
+    )
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="with `evaluate_every`: the fit stops after so many evaluations in a row that "
+        "are no better than the best; default: it runs to its end",
     )
     report_to: tuple[str, ...] = Field(
         (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."
@@ -288,6 +294,12 @@ class Settings(_Block):
     def _one_length(self) -> "Settings":
         if self.steps is not None and self.epochs is not None:
             raise ValueError("give `steps` or `epochs`, not both")
+        return self
+
+    @pydantic.model_validator(mode="after")
+    def _evaluates_for_patience(self) -> "Settings":
+        if self.patience and not self.evaluate_every:
+            raise ValueError("`patience` counts evaluations: give `evaluate_every`, too")
         return self
 
     @pydantic.model_validator(mode="after")

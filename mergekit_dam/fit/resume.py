@@ -17,6 +17,7 @@ from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
 
 HOW = ("report_to", "recompute", "offload")  # settings that change no result
 PROGRESS = "start.safetensors"  # coefficients of the blocks that the start has solved
+BEST = "best.safetensors"  # the best coefficients of the evaluations on the way
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
@@ -90,7 +91,8 @@ def discard(folder: Path) -> None:
         return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    (folder / PROGRESS).unlink(missing_ok=True)
+    for name in (PROGRESS, BEST):
+        (folder / name).unlink(missing_ok=True)
     (folder / RECORD).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
         folder.rmdir()

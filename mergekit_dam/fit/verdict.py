@@ -26,8 +26,12 @@ def _is_average(coefficients: Tensor) -> bool:
     return bool((present == 1 / max(len(present), 1)).all())
 
 
+def mean_kl(figures: Sequence[Figures]) -> float:
+    return sum(figure.kl for figure in figures) / len(figures)
+
+
 def warn_if_worse(start: Sequence[Figures], end: Sequence[Figures]) -> None:
-    before, after = (sum(f.kl for f in figures) / len(figures) for figures in (start, end))
+    before, after = mean_kl(start), mean_kl(end)
     if after > before * (1 + NOISE):
         LOG.warning(
             "The fit ends farther from its sources than it began (mean held-out KL %.4f, %.4f at "
@@ -35,4 +39,9 @@ def warn_if_worse(start: Sequence[Figures], end: Sequence[Figures]) -> None:
             "`steps: 0`.",
             after,
             before,
+        )
+    elif after == before:  # of what was evaluated on the way the best is kept
+        LOG.warning(
+            "No evaluation of the fit was better than its start, which is kept: lower "
+            "`dam.learning_rate`, or give more data."
         )

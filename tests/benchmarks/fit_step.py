@@ -22,7 +22,7 @@ from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import StepRows, collate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.stage import prepare
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.teachers import KeptTeachers
 from tests import tiny
 from tests.benchmarks.measuring import Peak, alternate, machine, table

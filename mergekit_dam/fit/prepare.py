@@ -1,0 +1,171 @@
+"""From a recipe to a fit of which everything is loaded and nothing is trained."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import datasets
+import torch
+from mergekit.common import ModelReference
+from mergekit.options import MergeOptions
+
+import mergekit_dam
+from mergekit_dam import coefficients as files
+from mergekit_dam.compatible import require_one_config
+from mergekit_dam.config import Recipe, Settings
+from mergekit_dam.data import SourceData
+from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
+from mergekit_dam.fit.memory import (
+    choose_offload,
+    choose_recompute,
+    free_memory,
+    longest_step,
+    needs,
+    require_memory,
+    size_of_sources,
+)
+from mergekit_dam.fit.resume import digest, identity
+from mergekit_dam.fit.rows import load_data
+from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
+from mergekit_dam.fit.trainer import is_main_process
+from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
+from mergekit_dam.plan import Plan, plan_merge, plan_source
+from mergekit_dam.sources import describe
+from mergekit_dam.task_vectors import Preparation
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A prepared fit: everything is loaded, nothing is trained."""
+
+    settings: Settings
+    plan: Plan
+    merged: MergedModel
+    data: list[SourceData]
+    identity: dict[str, Any]  # see `resume.identity`
+    header: files.Header  # without results
+
+
+def prepare(
+    recipe: Recipe,
+    options: MergeOptions,
+    *,
+    device: str = "auto",
+    data: list[SourceData] | None = None,
+    out: str | None = None,
+) -> Fit:
+    """Plan the merge, read data and weights, build the merged model at its start.
+
+    `out` is the coefficient file, beside which sources keep the data that they write.
+    """
+    settings, device = recipe.settings, choose_device(device)
+    if options.quiet:
+        datasets.disable_progress_bars()
+    plan = plan_merge(recipe.merge, options, settings.formula)
+    settings = settings.model_copy(update={"start": choose_start(settings, plan)})
+    require_one_config(recipe.merge, options)
+    choose_threads(plan.model_config, device, options.num_threads)
+    if data is None:
+        data = load_data(recipe, plan, out or recipe.coefficients, device)
+    preparation = prepare_as(plan, settings)
+    offload, told = choose_offload(
+        settings,
+        device,
+        size_of_sources(plan, settings) if settings.offload == "auto" else 0,
+        free_memory(device),
+        free_memory("cpu"),
+    )
+    _say(told, options)
+    weights = SourceWeights(
+        plan,
+        needs_base=settings.formula == "task_vectors",
+        preparation=preparation,
+        device=device,
+        offload=offload,
+    )
+    dtype = choose_dtype(settings, weights, device)
+    skeleton = build_skeleton(
+        plan.model_config,
+        frozenset(weights.names()),
+        dtype=dtype,
+        trust_remote_code=options.trust_remote_code,
+    )
+    found = needs(
+        plan.model_config,
+        skeleton,
+        dtype,
+        longest_step(settings, data),
+        trust_remote_code=options.trust_remote_code,
+    )
+    merged = MergedModel(
+        skeleton,
+        weights,
+        start(plan, skeleton, weights, settings),
+        trained_tensors(skeleton, settings),
+        dtype,
+        own_models(recipe, plan, dtype, device, offload),
+    ).to(device)
+    merged.recompute, told = choose_recompute(settings, found, free_memory(device))
+    require_memory(found.of(merged.recompute), free_memory(device), settings, device)
+    _say(told, options)
+    header = _header(recipe, settings, plan, preparation)
+    same = identity(header, data)
+    header = header.model_copy(update={"identity": digest(same)})
+    return Fit(settings, plan, merged, data, same, header)
+
+
+def _say(sentence: str, options: MergeOptions) -> None:
+    if sentence and not options.quiet and is_main_process():
+        click.echo(sentence, err=True)
+
+
+def own_models(
+    recipe: Recipe, plan: Plan, dtype: torch.dtype, device: str, offload: Offload = "none"
+) -> dict[int, MergedModel]:
+    """The sources that the merge's skeleton cannot speak for (layers cut out, repeated or
+    stacked): each the whole model as it is."""
+    return {
+        number: own_model(source, recipe, plan, dtype, device, offload)
+        for number, source in enumerate(plan.sources)
+        if not plan.is_whole(source)
+    }
+
+
+def own_model(
+    model: ModelReference,
+    recipe: Recipe,
+    plan: Plan,
+    dtype: torch.dtype,
+    device: str,
+    offload: Offload = "none",
+) -> MergedModel:
+    """A model as it is, over the merge's vocabulary; it speaks as source number 0."""
+    own = plan_source(plan, model, recipe.merge)
+    weights = SourceWeights(own, needs_base=False, device=device, offload=offload)
+    skeleton = build_skeleton(
+        own.model_config,
+        frozenset(weights.names()),
+        dtype=dtype,
+        trust_remote_code=plan.options.trust_remote_code,
+    )
+    return MergedModel(skeleton, weights, {}, set(), dtype)
+
+
+def _header(
+    recipe: Recipe, settings: Settings, plan: Plan, preparation: Preparation | None
+) -> files.Header:
+    merge = recipe.merge
+    tokenizer = merge.tokenizer or merge.tokenizer_source
+    if hasattr(tokenizer, "model_dump"):
+        tokenizer = tokenizer.model_dump(mode="json", exclude_none=True)
+    return files.Header(
+        package=mergekit_dam.__version__,
+        formula=settings.formula,
+        granularity=settings.granularity if isinstance(settings.granularity, str) else "mixed",
+        sources=tuple(describe(source) for source in plan.sources),
+        base=describe(plan.base) if settings.formula == "task_vectors" else None,
+        preparation=preparation,
+        tokenizer=tokenizer,
+        settings=settings.model_dump(mode="json", exclude_none=True),
+        merge=recipe.mergekit_part,
+    )

@@ -1,0 +1,95 @@
+"""Held-out figures on the way of a fit: the best coefficients are kept, a stuck fit stops."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from commands import refusal, run
+from mergekit.options import MergeOptions
+
+from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import read_recipe
+from mergekit_dam.fit import fit, stage
+from mergekit_dam.fit.resume import BEST
+from mergekit_dam.fit.verdict import mean_kl
+
+# A rate at which the held-out KL falls, and then rises and falls at random.
+RESTLESS = {
+    "steps": 24,
+    "schedule": "constant",
+    "warmup": 0.0,
+    "learning_rate": 0.3,
+    "max_grad_norm": 0,
+    "evaluate_every": 2,
+    "checkpoint_every": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 2)
+
+
+def fitted(path: Path, out: Path, *, resume: bool = False) -> CoefficientFile:
+    options = MergeOptions(quiet=True)
+    fit(read_recipe(str(path)), str(out), options, device="cpu", resume=resume)
+    return CoefficientFile(out)
+
+
+def test_a_fit_ends_with_the_best_of_its_evaluations(recipe, models, tmp_path: Path) -> None:
+    results = fitted(recipe(models, dam=RESTLESS), tmp_path / "a").header.results
+    curve = [sum(point.kl) / len(point.kl) for point in results.held_out]
+    assert mean_kl(results.fit) == min(curve)
+    unwatched = fitted(recipe(models, dam={**RESTLESS, "evaluate_every": None}), tmp_path / "u")
+    assert mean_kl(results.fit) < mean_kl(unwatched.header.results.fit)
+    again = recipe(models, dam={"steps": 0, "start": str(tmp_path / "a")})
+    assert fitted(again, tmp_path / "b").header.results.fit == results.fit
+
+
+def test_where_nothing_is_better_the_start_is_kept(recipe, models, tmp_path: Path) -> None:
+    path = recipe(models, dam={**RESTLESS, "learning_rate": 30.0, "steps": 4})
+    told = run("mergekit-dam", "fit", path, "--quiet", "--device", "cpu").stderr
+    assert "Warning: No evaluation of the fit was better than its start, which is kept" in told
+    results = CoefficientFile(tmp_path / "dam.safetensors").header.results
+    assert results.fit == results.average
+
+
+def test_a_fit_that_gets_no_better_stops(recipe, models, tmp_path: Path) -> None:
+    path = recipe(models, dam={**RESTLESS, "learning_rate": 30.0, "patience": 2})
+    results = fitted(path, tmp_path / "a").header.results
+    assert [point.step for point in results.held_out] == [2, 4, 6]
+    assert results.history[-1].step == 6
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_killed_after_it_stopped_it_ends_the_same(
+    recipe: Callable, models, tmp_path: Path, monkeypatch, has_best: bool
+) -> None:
+    """The last checkpoint is that of the last step."""
+    path = recipe(models, dam={**RESTLESS, "patience": 2})
+    fitted(path, tmp_path / "whole")
+    whole = (tmp_path / "whole").read_bytes()
+    broken = tmp_path / "broken"
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stage.files, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fitted(path, broken)
+    folder = Path(f"{broken}.fit")
+    if not has_best:  # a damaged file: the last checkpoint alone is left
+        (folder / BEST).write_bytes(b"damaged")
+    assert (folder / BEST).exists()
+    resumed = fitted(path, broken, resume=True)
+    if has_best:
+        assert broken.read_bytes() == whole
+    assert mean_kl(resumed.header.results.fit) < mean_kl(resumed.header.results.average)
+    assert not folder.exists()
+
+
+def test_patience_needs_evaluations(recipe, models) -> None:
+    message = refusal("mergekit-dam", "check", recipe(models, dam={"patience": 2}))
+    assert "`patience` counts evaluations: give `evaluate_every`, too" in message
