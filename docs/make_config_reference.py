@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from string import Template
 from typing import Any
 
-from mergekit_dam.config.settings import PRESETS, DataSettings, Objective, Settings, Train
+from mergekit_dam.config.data_settings import DataSettings
+from mergekit_dam.config.settings import PRESETS, Objective, Settings, Train
 
 TEMPLATE = """\
 <!-- Made by docs/make_config_reference.py; edit that script or the descriptions in
@@ -111,7 +112,7 @@ $data
 
 ## `dam.train`
 
-Tensors of a kind that is switched off keep their start, the plain average.
+Tensors of a kind that is switched off keep their start.
 
 $train
 

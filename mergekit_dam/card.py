@@ -81,7 +81,7 @@ mergekit-yaml {MERGE_RECORD} ./rebuilt
 def rebuilding(header: Header, coefficients: str) -> dict[str, Any]:
     """The config that rebuilds the merge with a coefficient file; parsed YAML."""
     merge = dict(header.merge) or {
-        "models": [{"model": source.reference} for source in header.sources]
+        "models": [{"model": source.reference} for source in header.teachers]
     }
     parameters = {**merge.get("parameters", {}), "coefficients": coefficients}
     config = {"merge_method": "dam", **merge, "parameters": parameters}

@@ -49,6 +49,7 @@ class Source(Frozen):
     revision: Text | None = None
     weights: Text  # fingerprint.fingerprint
     config: Text | None = None
+    teaches: bool = True  # False: a base without data of its own, after all the others
 
 
 class Figures(Frozen):
@@ -104,13 +105,19 @@ class Header(Frozen):
     identity: str | None = None  # changes with whatever the fit depends on
     results: Results | None = None
 
+    @property
+    def teachers(self) -> tuple[Source, ...]:
+        return tuple(source for source in self.sources if source.teaches)
+
     @pydantic.model_validator(mode="after")
     def _is_complete(self) -> "Header":
         if not self.sources:
             raise ValueError("it names no source")
+        if not all(source.teaches for source in self.sources[: len(self.teachers)]):
+            raise ValueError("a source without data stands before those that have some")
         results = self.results
         for figures in (results.average, results.fit, *_kls(results)) if results else ():
-            if len(figures) != len(self.sources):
+            if len(figures) != len(self.teachers):
                 raise ValueError("the results are not one for each source")
         if self.formula == "task_vectors" and self.base is None:
             raise ValueError("task vectors without a base")

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
+from tqdm import tqdm
 
 from mergekit_dam.errors import DamError
 
@@ -48,12 +49,19 @@ def in_one_sentence(function: Callable, verbosity: int, arguments: dict[str, Any
         click.echo(INTERRUPTED, err=True)
         raise SystemExit(130) from None
     except Exception as error:
+        _close_bars()
         if verbosity:
             traceback.print_exc()
         if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
             raise
         summary = " ".join(str(error).split()) or type(error).__name__
         raise DamError(f"{summary} ({type(error).__name__}; -v shows where).") from error
+
+
+def _close_bars() -> None:
+    """Progress bars that an error has left open, so that it stands on a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def set_up_logging(options: MergeOptions) -> None:

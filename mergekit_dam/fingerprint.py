@@ -32,7 +32,7 @@ def fingerprint(path: str, *, is_adapter: bool = False) -> tuple[str, str | None
     A raw weights file has no config (None). Raises DamError for a damaged file.
     """
     if os.path.isfile(path):
-        return _digest(_tensors(Path(path))), None
+        return _digest(sorted(_tensors(Path(path)))), None
     folder = Path(path)
     files = weight_files(folder, is_adapter=is_adapter)
     tensors = sorted(line for file in files for line in _tensors(file))

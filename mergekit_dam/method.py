@@ -131,8 +131,8 @@ class DamMerge(GroupMergeMethod):
         if name is None:
             raise DamError("merge_method dam finds coefficients by name: give the tensors names.")
         rows = _rows(file, group)
-        if not rows:  # an optional tensor that only a base outside the sources has
-            return group.entries[0].tensor
+        if not rows or (name not in file.names and all(entry.is_base for entry in group.entries)):
+            return group.entries[0].tensor  # an optional tensor that only the base has
         file.check_shape(name, tuple(group.entries[0].tensor.shape))
         factors = file.get(name)
         self._check_absent(file, factors, set(rows))
@@ -162,7 +162,8 @@ class DamMerge(GroupMergeMethod):
             if row not in present and factors[row].any():
                 raise DamError(
                     f"{file.path} was fitted for the source {source.reference}, which is not "
-                    "among the config's models: add it, or fit the coefficients again."
+                    f"{'among the models' if source.teaches else 'the `base_model`'} of the "
+                    "config: put it there, or fit the coefficients again."
                 )
 
 

@@ -31,6 +31,10 @@ def require_free(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
     if path.exists() and not path.is_dir():
         raise DamError(f"{out} is a file: give the name of a new folder.")
     target = path.resolve()
+    folder = next(parent for parent in target.parents if parent.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        what = "read-only" if folder.is_dir() else "a file"
+        raise DamError(f"{out} cannot be written, since {folder} is {what}: give another place.")
     for name in inputs:
         if target in (place := Path(name).expanduser().resolve(), *place.parents):
             raise DamError(f"{out} holds {name}, which the merge reads: give another folder.")

@@ -6,7 +6,6 @@ followed. Fitting on the plan is what makes `dam` compose with all that mergekit
 """
 
 import copy
-import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,13 +21,14 @@ from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer, PermutedVocabulary, TokenizerInfo
 from torch import Tensor
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.compatible import config_differences, require_compatible
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
+from mergekit_dam.opening import load_tokenizer, require_model
 
 
 @dataclass(frozen=True)
@@ -64,13 +64,19 @@ class Plan:
     """A merge, planned by mergekit and not executed."""
 
     tensors: dict[str, OutputTensor]
-    sources: tuple[ModelReference, ...]  # the order of the coefficients' first axis
-    base: ModelReference | None  # of task vectors
+    teachers: tuple[ModelReference, ...]  # the sources that have data of their own
+    base: ModelReference | None  # the YAML's `base_model`
+    has_base: bool  # whether the base is one more source, which teaches nothing
     dtype: str | None  # to which mergekit casts the sources
     model_config: PretrainedConfig  # the merged model's config.json
     tokenizer: PreTrainedTokenizerBase
     vocabulary: "Vocabulary | None"  # where the merge aligns the sources' vocabularies
     options: MergeOptions
+
+    @property
+    def sources(self) -> tuple[ModelReference, ...]:
+        """The models with coefficients, in the order of the coefficients' first axis."""
+        return (*self.teachers, self.base) if self.has_base else self.teachers
 
     def is_whole(self, source: ModelReference) -> bool:
         """Whether the merged model's skeleton with the source's tensors is the source: its config
@@ -111,26 +117,48 @@ class Plan:
             yield by_task[task], inputs
 
 
-def plan_merge(merge: MergeConfiguration, options: MergeOptions, formula: Formula) -> Plan:
+def plan_merge(
+    merge: MergeConfiguration,
+    options: MergeOptions,
+    formula: Formula,
+    *,
+    use_base: bool | None = False,
+) -> Plan:
     """Plan a merge by `dam` whose coefficients are yet to be fitted.
 
+    With `use_base` a base that is not listed gets coefficients, too; None: where that is possible.
     Reads configs, headers and tokenizers, no weights. Raises DamError for what mergekit refuses.
     """
     merge = copy.deepcopy(merge)
     merge.parameters = {**(merge.parameters or {}), "coefficients": TO_BE_FITTED}
-    sources = source_models(merge, formula)
+    teachers = source_models(merge, formula)
     require_compatible(merge, options)
     options = with_lora_cache(options, merge.referenced_models())
     LoaderCache().setup(options=options)
     for model in sorted(merge.referenced_models(), key=str):
         require_model(model, options)
     try:
-        return _plan(merge, options, sources)
+        plan = _plan(merge, options, teachers)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise DamError(f"mergekit cannot plan this merge: {error}") from error
+    hindrance = _hindrance(plan, formula)
+    if use_base and hindrance:
+        raise DamError(f"`dam.use_base: true`: {hindrance}.")
+    return replace(plan, has_base=use_base is not False and not hindrance)
 
 
-def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
+def _hindrance(plan: Plan, formula: Formula) -> str:
+    """Why the base cannot be one more source; nothing where it can."""
+    if plan.base is None:
+        return "there is no base: set `base_model`"
+    if formula == "task_vectors" or plan.base in plan.teachers:
+        return "the base takes part already: leave `use_base` out"
+    without = (o for o in plan.tensors.values() if plan.base not in o.inputs and not o.optional)
+    output = next(without, None)
+    return f"the base gives no {output.name}: add it to that slice's `sources`" if output else ""
+
+
+def _plan(merge: MergeConfiguration, options: MergeOptions, teachers) -> Plan:
     architecture = get_architecture_info(merge, options)
     config = _model_out_config(merge, architecture, options.trust_remote_code)
     tasks = MergePlanner(merge, architecture, options, config).plan_to_disk(out_path="")
@@ -140,12 +168,13 @@ def _plan(merge: MergeConfiguration, options: MergeOptions, sources) -> Plan:
         tokenizer = vocabulary.info.tokenizer
         _update_config_vocab(config, architecture, tokenizer, pad_to_multiple_of=padding)
     else:
-        tokenizer = load_tokenizer(merge.base_model or sources[0], options)
+        tokenizer = load_tokenizer(merge.base_model or teachers[0], options)
     _set_chat_template(copy.deepcopy(tokenizer), merge)  # raises for one that is none
     return Plan(
         tensors={task.tensor_name: _output(task) for task in tasks if isinstance(task, SaveTensor)},
-        sources=sources,
+        teachers=teachers,
         base=merge.base_model,
+        has_base=False,
         dtype=merge.dtype and merge.dtype.removeprefix("torch."),
         model_config=config,
         tokenizer=tokenizer,
@@ -216,10 +245,9 @@ def _output(save: SaveTensor) -> OutputTensor:
 
 
 def source_models(merge: MergeConfiguration, formula: Formula) -> tuple[ModelReference, ...]:
-    """The models that get coefficients, in the YAML's order.
+    """The models that the YAML lists as sources, in its order.
 
-    A `base_model` that is not listed takes no part; under task vectors the base's own
-    difference is zero, so it is no source even where it is listed.
+    Under task vectors the base's own difference is zero, so it is none even where it is listed.
     """
     listed: list[ModelReference] = []
     for part in (merge, *(merge.modules or {}).values()):
@@ -232,19 +260,6 @@ def source_models(merge: MergeConfiguration, formula: Formula) -> tuple[ModelRef
     if not sources:
         raise DamError("The config names no source besides the base: add some under `models`.")
     return sources
-
-
-def require_model(model: ModelReference, options: MergeOptions) -> None:
-    """Raises DamError for a model whose config or weights cannot be opened."""
-    try:
-        model.config(trust_remote_code=options.trust_remote_code)
-        LoaderCache().get(model)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        raise DamError(
-            f"The model {model} cannot be opened ({reason}): give the path of a folder with "
-            "config.json and weights, or a name on the Hub."
-        ) from error
 
 
 def _padding(merge: MergeConfiguration) -> int | None:
@@ -260,20 +275,3 @@ def _vocabulary(merge: MergeConfiguration, tasks: Iterable[Task]) -> Vocabulary 
             size = len(info.tokenizer.get_vocab())
             return Vocabulary(task, info, size + -size % (_padding(merge) or 1))
     return None
-
-
-def load_tokenizer(model: ModelReference, options: MergeOptions) -> PreTrainedTokenizerBase:
-    """A model's own tokenizer. Raises DamError where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(
-            model.model.path,
-            revision=model.model.revision,
-            cache_dir=options.transformers_cache,
-            trust_remote_code=options.trust_remote_code,
-        )
-    except Exception as error:
-        logging.debug("loading a tokenizer", exc_info=error)
-        raise DamError(
-            f"The model {model} has no tokenizer that transformers can load: put its tokenizer "
-            "files beside its weights."
-        ) from error

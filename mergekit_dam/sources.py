@@ -10,7 +10,7 @@ from mergekit_dam.coefficients import Source
 from mergekit_dam.fingerprint import fingerprint
 
 
-def describe(model: Any) -> Source:
+def describe(model: Any, *, teaches: bool = True) -> Source:
     """The identity of a mergekit `ModelReference`, as the coefficient file records it."""
     paths = local_paths(model)
     weights, config = _identity(paths, _signature(paths))
@@ -19,6 +19,7 @@ def describe(model: Any) -> Source:
         revision=model.model.revision or _snapshot_revision(paths[0]),
         weights=weights,
         config=config,
+        teaches=teaches,
     )
 
 

@@ -21,7 +21,7 @@ def rows(header: Header) -> list[tuple[str, ...]]:
     average, fit = header.results.average, header.results.fit
     table = [
         (source.reference, f"{a.tokens}", *_cells(a, f))
-        for source, a, f in zip(header.sources, average, fit, strict=True)
+        for source, a, f in zip(header.teachers, average, fit, strict=True)
     ]
     return [*table, ("mean", "", *_cells(_mean(average), _mean(fit)))]
 

@@ -13,7 +13,7 @@ from types import ModuleType
 PAGE = Path(__file__).parents[1] / "docs" / "compatibility.md"
 MODULES = (
     "test_source_kinds", "test_lora", "test_existing_configs", "test_tokenizers", "test_slices",
-    "test_teachers", "test_architectures", "test_merge", "test_chain",
+    "test_teachers", "test_architectures", "test_merge", "test_base", "test_chain",
 )  # fmt: skip
 HEADS = {
     "sources": ("sources", "how", "test"),

@@ -206,7 +206,7 @@ def test_check_takes_a_chain(chain, tmp_path):
     run("mergekit-dam", "run", path, tmp_path / "a", "-I", steps, "--quiet")
     shutil.rmtree(steps / "first")
     said = run("mergekit-dam", "check", path, "-I", steps).stdout
-    assert "first, ready\n2 sources, 21 output tensors" in said
+    assert "first, ready\n2 sources and the base, 21 output tensors" in said
 
 
 def test_check_tells_the_mistakes_of_every_step(chain, models, tmp_path):

@@ -443,7 +443,7 @@ def test_a_base_that_is_no_source_needs_no_data(document: dict, check: Check) ->
     document["dam"]["data"].pop()
     result = check(document)
     assert result.exit_code == 0, result.output
-    assert "1 sources" in result.output
+    assert "1 sources and the base" in result.output
 
 
 def test_task_vectors_need_a_base(document: dict, check: Check) -> None:

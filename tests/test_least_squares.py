@@ -310,7 +310,7 @@ def test_a_fit_may_start_where_another_has_ended(recipe, models, tmp_path):
     )
 
 
-def test_the_default_is_the_yamls_weights_or_least_squares_or_the_average(recipe, models, tmp_path):
+def test_the_default_is_the_yamls_weights_or_least_squares(recipe, models, tmp_path):
     def start_of(path: Path) -> str:
         return prepare(read_recipe(str(path)), QUIET, device="cpu").settings.start
 
@@ -325,7 +325,7 @@ def test_the_default_is_the_yamls_weights_or_least_squares_or_the_average(recipe
         return path
 
     assert start_of(recipe(models[:2], dam={"start": None, "steps": 0})) == "least_squares"
-    assert start_of(recipe(models[:2], dam={"start": None})) == "average"
+    assert start_of(recipe(models[:2], dam={"start": None})) == "least_squares"
     assert start_of(weighted(recipe(models[:2], dam={"start": None}))) == "weights"
     assert start_of(recipe(models[:2], dam={"start": "average"})) == "average"
 

@@ -1,5 +1,6 @@
 """Merging with mergekit's own unmodified commands."""
 
+import shutil
 import subprocess
 import time
 from collections.abc import Sequence
@@ -135,15 +136,6 @@ def test_merging_on_a_gpu(config, tmp_path, flags):
         torch.testing.assert_close(tensor, expected[name])
 
 
-@shows("settings", "`base_model` that is not listed", "takes no part")
-def test_a_base_that_is_no_source_takes_no_part(recipe, models, tmp_path):
-    base = tiny.save_model(tmp_path / "base", tiny.CONFIGS["llama"], seed=99)
-    run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
-    path = recipe(models, base_model=str(base))
-    run("mergekit-dam", "run", path, tmp_path / "with", "--quiet")
-    assert same(weights(tmp_path / "with"), weights(tmp_path / "without"))
-
-
 @shows("settings", "`base_model` that is listed", "is a source")
 def test_a_base_that_is_a_source_counts(recipe, models, tmp_path):
     run("mergekit-dam", "run", recipe(models), tmp_path / "without", "--quiet")
@@ -184,6 +176,27 @@ def test_mergekit_multi_and_pytorch(config, models, tmp_path):
         "merge_method": "dam",
         "models": [{"model": str(folder / "model.safetensors")} for folder in models],
         "parameters": document["parameters"],
+        "dtype": "float32",
+    }
+    (tmp_path / "raw.yml").write_text(yaml.safe_dump(raw))
+    run("mergekit-pytorch", tmp_path / "raw.yml", tmp_path / "raw", "--quiet")
+    assert same(weights(tmp_path / "raw"), weights(tmp_path / "plain"))
+
+
+def test_mergekit_pytorch_on_the_archives_that_were_fitted(recipe, models, tmp_path):
+    """An archive alone has the fingerprint of its folder, whatever the order of its records."""
+    folders = []
+    for model in models:
+        folder = shutil.copytree(model, tmp_path / f"{model.name}-bin")
+        torch.save(weights(folder), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+        folders.append(folder)
+    path = recipe(folders)
+    run("mergekit-dam", "run", path, tmp_path / "plain", "--quiet")
+    raw = {
+        "merge_method": "dam",
+        "models": [{"model": str(folder / "pytorch_model.bin")} for folder in folders],
+        "parameters": {"coefficients": str(tmp_path / "dam.safetensors")},
         "dtype": "float32",
     }
     (tmp_path / "raw.yml").write_text(yaml.safe_dump(raw))

@@ -124,7 +124,9 @@ def test_a_token_that_a_source_lacks_takes_no_part_in_its_loss(recipe, models):
     vocabulary = prepared.plan.tokenizer.get_vocab()
     assert set(known.tolist()) == {vocabulary[t] for t in (*tiny.SPECIAL, *FEWER)}
     everything = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
-    distillation = Distillation(prepared.merged, Objective(similarity=0), everything)
+    distillation = Distillation(
+        prepared.merged, Objective(similarity=0, temperature=2.0), everything
+    )
     ids = [vocabulary[token] for token in ("<bos>", "a", "b", "c")]
     loss = distillation(**batch([Row(ids)], [1]))["loss"]
     p = prepared.merged.teach(1, torch.tensor([ids]))[0, :-1, known].div(2).log_softmax(-1)

@@ -8,6 +8,7 @@ Every scenario and seed has a folder of its own under DIR: its checkpoints, and 
 """
 
 import argparse
+import shutil
 import statistics
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ def _forget(folder: Path, names: Iterable[str]) -> None:
     records.write(folder / RESULTS, results.model_copy(update={"entries": kept}))
     for name in names:
         for path in folder.glob(f"{name.replace(' ', '_')}.*"):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # --- Tables ---------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ from mergekit_dam.plan import Plan
 class Estimate:
     """What a merge needs; bytes."""
 
-    sources: int
+    sources: int  # that teach
+    has_base: bool  # whether the base has coefficients, too
     output_tensors: int
     trained_tensors: int
     unreached_tensors: int  # in the file and the merge, but no text reaches them
@@ -39,7 +40,8 @@ class Estimate:
         )
         steps = ", ".join(f"{size(b)} (recompute: {mode})" for mode, b in self.step.items())
         return (
-            f"{self.sources} sources, {self.output_tensors} output tensors, "
+            f"{self.sources} sources{' and the base' if self.has_base else ''}, "
+            f"{self.output_tensors} output tensors, "
             f"{self.trained_tensors} of them with trained coefficients\n"
             f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
@@ -68,12 +70,13 @@ def estimate(
     trained = {n for n, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
     length = min(settings.max_length, positions or settings.max_length)
-    tokens = settings.batch_size * len(plan.sources) * length
+    tokens = settings.batch_size * len(plan.teachers) * length
     dtype = _compute_dtype(settings, device)
     trusted = plan.options.trust_remote_code
     found = needs(plan.model_config, skeleton, dtype, tokens, trust_remote_code=trusted)
     return Estimate(
-        sources=len(plan.sources),
+        sources=len(plan.teachers),
+        has_base=plan.has_base,
         output_tensors=len(counts),
         trained_tensors=len(trained),
         unreached_tensors=len(counts.keys() - skeleton.roles.keys()),

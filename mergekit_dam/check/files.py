@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mergekit_dam.coefficients import is_coefficient_file
 from mergekit_dam.config import Recipe
+from mergekit_dam.fit.resume import foreign_problem
 from mergekit_dam.hub import parse
 
 
@@ -37,6 +38,8 @@ def _writing_problems(path: Path) -> Iterator[str]:
             f"{path} is there and is no coefficient file, so the fit would overwrite something "
             "else: give `parameters.coefficients` another path"
         )
+    if problem := foreign_problem(Path(f"{path}.fit")):
+        yield problem
     folder = next(parent for parent in path.absolute().parents if parent.exists())
     if not folder.is_dir():
         yield f"{path} cannot be written, since {folder} is a file: give another path"

@@ -34,7 +34,12 @@ class HeaderShapes:
 
     def names(self) -> Iterator[str]:
         """Output tensors that some source has."""
-        return (name for name in self._plan.tensors if self._entries(name) or self._unknown(name))
+        teachers = set(self._plan.teachers)
+        return (
+            name
+            for name in self._plan.tensors
+            if teachers.intersection(self._entries(name)) or self._unknown(name)
+        )
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where the merge changes it (aligned vocabularies, converted layouts)."""

@@ -7,28 +7,28 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
 from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, misfits
 from mergekit_dam.check.files import path_problems
+from mergekit_dam.check.fitted import file_problems
 from mergekit_dam.check.headers import HeaderShapes
+from mergekit_dam.check.parameters import number_problems, parameter_problems, range_problems
 from mergekit_dam.check.preview import preview
 from mergekit_dam.check.tokens import token_problems
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
-from mergekit_dam.config.recipe import match_reference
-from mergekit_dam.config.settings import EVERY
+from mergekit_dam.config.data_settings import EVERY
+from mergekit_dam.config.recipe import data_entries, match_reference
 from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
-from mergekit_dam.hub import open_coefficients
-from mergekit_dam.plan import Plan, plan_merge, require_model, source_models
-from mergekit_dam.sources import match
+from mergekit_dam.opening import require_model
+from mergekit_dam.plan import Plan, plan_merge, source_models
 
 LOG = logging.getLogger(__name__)
 
@@ -54,13 +54,19 @@ def check(
     problems += path_problems(recipe, coefficients, will_fit=will_fit)
     of_fit = list(_collect(fit_problems(recipe, device))) if will_fit else []
     problems += of_fit
-    of_models = list(model_problems(recipe, options))
+    problems += number_problems(recipe.merge)
+    of_models = [*range_problems(recipe.merge), *model_problems(recipe, options)]
     of_models = of_models or list(token_problems(recipe.merge, options))
     problems += of_models
-    if of_models:
+    if of_models or any(number_problems(recipe.merge)):
         raise DamError(listed(recipe.path, problems))  # nothing can be planned
     try:
-        plan = plan_merge(recipe.merge, options, settings.formula if settings else "weights")
+        plan = plan_merge(
+            recipe.merge,
+            options,
+            settings.formula if settings else "weights",
+            use_base=settings.use_base if settings else None,
+        )
     except DamError as error:
         raise DamError(listed(recipe.path, [*problems, error.message])) from error
     try:
@@ -71,9 +77,9 @@ def check(
     if will_fit and settings is not None:
         problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
-        problems += _collect(_file_problems(coefficients, settings, plan, shapes))
+        problems += _collect(file_problems(coefficients, settings, recipe.merge, plan, shapes))
     previews = []
-    if in_full and settings is not None and not of_fit:
+    if in_full and settings is not None:
         previews = list(_previews(settings, plan, coefficients or "", problems))
     result = None
     if will_fit and not problems:
@@ -144,7 +150,11 @@ def _is_under(path: str, folder: str) -> bool:
 def _previews(settings: Settings, plan: Plan, out: str, problems: list[str]) -> Iterator[str]:
     """Each source's rows for a fit into the file `out`; data that are there and cannot be read as
     rows are problems."""
-    for source in plan.sources:
+    entries = data_entries(settings, plan.teachers)
+    for source in plan.teachers:
+        entry = entries.get(source)
+        if entry is None or (entry.path is not None and is_missing(entry.path)):
+            continue  # is a mistake already
         try:
             written = generation(source, settings, plan, out)
             if written and not written.path.exists():
@@ -166,7 +176,7 @@ def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
                 "(docs/config.md has all keys)"
             )
         return
-    yield from _meaningless(recipe, settings)
+    yield from parameter_problems(recipe.merge, settings)
     yield from integration_problems(settings.report_to)
     models = source_models(recipe.merge, settings.formula)
     found = []
@@ -194,7 +204,7 @@ def _start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
                 "among the inputs of that slice: add it to the slice's `sources`"
             )
             return
-        rows = [row for row, model in enumerate(plan.sources) if model in output.inputs]
+        rows = [row for row, model in enumerate(plan.teachers) if model in output.inputs]
         starting_weights(plan, name, rows, settings)
 
 
@@ -208,68 +218,8 @@ def _device_problems(device: str) -> Iterator[str]:
     yield from ()
 
 
-def _meaningless(recipe: Recipe, settings: Settings) -> Iterator[str]:
-    """Parameters of mergekit's methods that this fit would pass over in silence."""
-    if settings.sparsify != "task_arithmetic":
-        return
-    given = {name for part in _parameters(recipe.merge) for name in part or {}}
-    for name in sorted(given & {"density", "gamma", "epsilon", "rescale", "int8_mask"}):
-        yield (
-            f"`{name}` has no effect: set `dam.formula: task_vectors` and `dam.sparsify` to the "
-            "method whose parameter it is, or remove it"
-        )
-    if settings.formula == "weights" and "lambda" in given:
-        yield "`lambda` has no effect on `dam.formula: weights`: remove it, or use task_vectors"
-
-
-def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:
-    yield merge.parameters
-    for part in (merge, *(merge.modules or {}).values()):
-        yield part.parameters
-        for model in part.models or ():
-            yield model.parameters
-        for piece in part.slices or ():
-            yield piece.parameters
-            yield from (source.parameters for source in piece.sources)
-
-
 def _unknown_source(where: str, name: str, models: Iterable[str]) -> str:
     models = list(models)
     nearest = difflib.get_close_matches(name, models, n=1, cutoff=0.5)
     hint = f", did you mean {nearest[0]}?" if nearest else f": they are {', '.join(models)}"
     return f"`{where}` is {name}, which is none of the sources{hint}"
-
-
-def _file_problems(
-    path: str, settings: Settings | None, plan: Plan, shapes: HeaderShapes
-) -> Iterator[str]:
-    """A coefficient file against the plan of the merge that shall read it."""
-    file = open_coefficients(path)
-    if settings and settings.formula != file.header.formula:
-        yield (
-            f"{path} was fitted with `formula: {file.header.formula}`, not "
-            f"{settings.formula}: fit it again"
-        )
-    rows = match(file.header.sources, plan.sources)
-    for model, row in zip(plan.sources, rows, strict=True):
-        if row is None and model != plan.base:
-            fitted = ", ".join(source.reference for source in file.header.sources)
-            yield (
-                f"{path} was fitted for the sources {fitted}; {model} is not one of them, or has "
-                "changed since: fit the coefficients again"
-            )
-    for row, source in enumerate(file.header.sources):
-        if row not in rows:
-            yield f"{path} was fitted for {source.reference}, which is not among the models"
-    expected = set(shapes.names())
-    for name in sorted(expected - file.names)[:3]:
-        yield f"{path} has no coefficients for the tensor {name}: fit them with this config"
-    for name in sorted(file.names - set(plan.tensors))[:3]:
-        yield (
-            f"{path} has coefficients for {name}, which this merge does not write: fit them with "
-            "this config"
-        )
-    for name in sorted(expected & file.names):
-        file.get(name)
-        if (shape := shapes.shape(name)) is not None:
-            file.check_shape(name, shape)

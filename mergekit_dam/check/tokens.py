@@ -13,7 +13,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.plan import load_tokenizer
+from mergekit_dam.opening import load_tokenizer
 
 SECONDS = 10  # for the Hub to say whether it has a model; loading would try for a minute
 

@@ -1,7 +1,17 @@
 """The user's YAML: mergekit's own keys and the `dam:` block."""
 
 from mergekit_dam.config.chain import Step, is_chain, read_chain
-from mergekit_dam.config.recipe import Recipe, read_recipe
-from mergekit_dam.config.settings import DataSettings, Settings
+from mergekit_dam.config.data_settings import DataSettings
+from mergekit_dam.config.recipe import Recipe, read_recipe, tokenizer_of
+from mergekit_dam.config.settings import Settings
 
-__all__ = ["DataSettings", "Recipe", "Settings", "Step", "is_chain", "read_chain", "read_recipe"]
+__all__ = [
+    "DataSettings",
+    "Recipe",
+    "Settings",
+    "Step",
+    "is_chain",
+    "read_chain",
+    "read_recipe",
+    "tokenizer_of",
+]

@@ -13,8 +13,9 @@ import yaml
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 
+from mergekit_dam.config.data_settings import EVERY, DataSettings
 from mergekit_dam.config.keys import BLOCK, unknown_key, unknown_keys
-from mergekit_dam.config.settings import EVERY, DataSettings, Settings
+from mergekit_dam.config.settings import Settings
 from mergekit_dam.errors import DamError
 
 MOST_PARTS = 100_000  # of a YAML file: keys, values, lists
@@ -203,6 +204,14 @@ def _wrong_dtypes(document: Mapping) -> Iterator[str]:
         name = document.get(key)
         if name is not None and str(name).removeprefix("torch.") not in DTYPES:
             yield f"`{key}` is {reprlib.repr(name)}: choose one of {', '.join(DTYPES)}"
+
+
+def tokenizer_of(merge: MergeConfiguration) -> Any:
+    """The YAML's `tokenizer` or `tokenizer_source`, as a coefficient file records it."""
+    tokenizer = merge.tokenizer or merge.tokenizer_source
+    if hasattr(tokenizer, "model_dump"):
+        return tokenizer.model_dump(mode="json", exclude_none=True)
+    return tokenizer
 
 
 def data_entries(

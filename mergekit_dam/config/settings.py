@@ -9,33 +9,19 @@ from typing import Annotated, Any, Literal
 import pydantic
 from pydantic import Field
 
+from mergekit_dam.config.data_settings import EVERY, Block, DataSettings, LossOn, Share
 from mergekit_dam.formula import Formula, Granularity
 from mergekit_dam.task_vectors import Sparsify
 
-Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
-EVERY = "*"  # stands for each source that has no entry of its own
-OF_FILES = ("name", "revision", "split", "streaming", "text", "columns", "examples")
-LossOn = Literal["all", "completion"]
-
-# The columns that make a row; of those that a row has, the first in this order count. TRL's
-# shapes, then the older ones of Alpaca, of questions and answers, of ShareGPT.
-SHAPES = (
-    ("messages",),
-    ("prompt", "completion"),
-    ("text",),
-    ("instruction", "input", "output"),
-    ("instruction", "output"),
-    ("question", "answer"),
-    ("conversations",),
-)
-
 STARTS = ("least_squares", "average", "weights")  # any other is the path of a file
 
 # arXiv 2410.08371, section 4; L1 and L2 are off there as in the published training script.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "start": "average",
+        "use_base": False,
+        "basis": "coefficients",
         "epochs": 1,
         "examples": 1729,
         "max_length": 2048,
@@ -47,86 +33,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Block(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """A frozen part of the YAML that knows all its keys."""
-
-
-class DataSettings(_Block):
-    """One source's own data."""
-
-    source: str = Field(
-        description="the model, written as under `models`; `*`: every source without an entry"
-    )
-    path: str | None = Field(
-        None,
-        min_length=1,
-        description="a json, jsonl, parquet, csv or txt file, a pattern of such files "
-        "(`data/*.jsonl`), a folder, or a data set's Hub name",
-    )
-    generate: int | None = Field(
-        None, ge=2, description="rows that the source writes itself, instead of `path`"
-    )
-    name: str | None = Field(None, description="the data set's configuration on the Hub")
-    revision: str | None = Field(None, description="its commit, tag or branch on the Hub")
-    split: str = Field("train", description="the split to train on; slices such as `train[:10%]`")
-    streaming: bool = Field(
-        False, description="read rows as they come, instead of downloading the data set first"
-    )
-    held_out: Share | str | None = Field(
-        None, description="share or named split that is held out; default: `dam.held_out`"
-    )
-    text: str | None = Field(None, description="short for `columns: {text: ...}`")
-    columns: dict[str, str] | None = Field(
-        None, description="our names of the columns, each with the data's own; default: the same"
-    )
-    loss_on: LossOn | None = Field(None, description="default: `dam.loss_on`")
-    examples: int | None = Field(None, ge=2, description="rows used; default: `dam.examples`")
-    max_length: int | None = Field(
-        None, ge=2, description="tokens kept of a row; default: `dam.max_length`"
-    )
-
-    @pydantic.field_validator("columns")
-    @classmethod
-    def _one_shape(cls, columns: dict[str, str] | None) -> dict[str, str] | None:
-        if columns is not None and all(set(columns) != set(shape) for shape in SHAPES):
-            known = " or ".join(f"{{{', '.join(shape)}}}" for shape in SHAPES)
-            raise ValueError(f"makes no row: name {known}")
-        return columns
-
-    @pydantic.model_validator(mode="after")
-    def _one_origin(self) -> "DataSettings":
-        if (self.path is None) == (self.generate is None):
-            raise ValueError("give a `path`, or the number of rows to `generate`")
-        given = (name for name in OF_FILES if self.path is None and self._is_given(name))
-        for name in given:
-            raise ValueError(f"`{name}` has no effect on rows that a source writes itself")
-        if self.path is None and isinstance(self.held_out, str):
-            raise ValueError("rows that a source writes itself have no splits to hold out")
-        return self
-
-    @pydantic.model_validator(mode="after")
-    def _one_mapping(self) -> "DataSettings":
-        if self.text is not None and self.columns is not None:
-            raise ValueError("give `text` or `columns`, not both")
-        return self
-
-    def _is_given(self, name: str) -> bool:
-        return getattr(self, name) != type(self).model_fields[name].default
-
-    @property
-    def mapping(self) -> Mapping[str, str] | None:
-        """Our names of columns -> the data's; None: they are the same."""
-        return self.columns if self.text is None else {"text": self.text}
-
-
-class Objective(_Block):
+class Objective(Block):
     """Weights of the terms that the fit minimises (arXiv 2410.08371, section 3.2).
 
     The first group compares the merge with a source on that source's data; the second looks at
     the coefficients alone.
     """
 
-    temperature: float = Field(2.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
+    temperature: float = Field(1.0, gt=0, description="T of `kl`, `reverse_kl`, `jsd`, `entropy`")
     kl: Weight = Field(1.0, description="T² · KL(source ‖ merge), mean over the tokens")
     reverse_kl: Weight = Field(0.0, description="T² · KL(merge ‖ source)")
     jsd: Weight = Field(0.0, description="T² · Jensen-Shannon divergence")
@@ -151,7 +65,7 @@ class Objective(_Block):
         return self
 
 
-class Train(_Block):
+class Train(Block):
     """Which kinds of tensors get trained coefficients; the others keep their start."""
 
     linear: bool = Field(True, description="weight matrices of linear layers and experts")
@@ -160,14 +74,14 @@ class Train(_Block):
     bias: bool = Field(True, description="biases")
 
 
-class GranularityRule(_Block):
+class GranularityRule(Block):
     """A granularity for some output tensors, in the manner of mergekit's parameters."""
 
     value: Granularity
     filter: str | None = Field(None, description="part of the tensors' names; default: all")
 
 
-class Settings(_Block):
+class Settings(Block):
     """The `dam:` block."""
 
     data: tuple[DataSettings, ...] = Field(
@@ -198,11 +112,15 @@ class Settings(_Block):
         None,
         description="where the coefficients begin: `least_squares` (layer by layer, nearest to the "
         "sources' own outputs), `average`, `weights` (the YAML's), or the path of a coefficient "
-        "file of these sources; default: `weights` where the YAML gives some, else `least_squares` "
-        "with `steps: 0` and `average` before a fit",
+        "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
     )
     calibration: int = Field(
         256, ge=1, description="rows of each source for the least-squares start"
+    )
+    use_base: bool | None = Field(
+        None,
+        description="with `formula: weights`, whether `base_model` is one more source, which needs "
+        "no data and teaches nothing; default: where it is given and is no source already",
     )
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")
@@ -217,8 +135,13 @@ class Settings(_Block):
     learning_rate: float | None = Field(
         None,
         gt=0,
-        description="peak learning rate of AdamW; default: for each tensor 0.05 times how far its "
-        "sources are apart, relative to their size",
+        description="peak learning rate of AdamW; default: for each tensor one that moves its "
+        "weights by 0.05 of what its sources differ in",
+    )
+    basis: Literal["differences", "coefficients"] = Field(
+        "differences",
+        description="what AdamW steps along with `formula: weights`: what each source differs in "
+        "from the base (or from the sources' mean) and that middle itself, or each coefficient",
     )
     schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = Field(
         "cosine", description="how the learning rate falls"

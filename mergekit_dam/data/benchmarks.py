@@ -2,7 +2,7 @@
 
 import re
 
-from mergekit_dam.config.settings import DataSettings
+from mergekit_dam.config.data_settings import DataSettings
 
 # Those whose training split is there for training, and those that are nothing but a test.
 WITH_TRAINING = (

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_dam.config.settings import DataSettings, Settings
+from mergekit_dam.config.data_settings import DataSettings
+from mergekit_dam.config.settings import Settings
 from mergekit_dam.data.read import read_rows
 from mergekit_dam.data.row import Row
 from mergekit_dam.data.shapes import example

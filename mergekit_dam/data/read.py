@@ -11,7 +11,7 @@ from typing import Any
 import datasets
 import pandas
 
-from mergekit_dam.config.settings import DataSettings
+from mergekit_dam.config.data_settings import DataSettings
 from mergekit_dam.errors import DamError
 
 # File name endings -> the builder of `datasets` that reads them.

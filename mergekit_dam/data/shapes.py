@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit_dam.config.settings import SHAPES
+from mergekit_dam.config.data_settings import SHAPES
 
 Messages = Sequence[Mapping[str, Any]]
 SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles, where they differ

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_dam.config.settings import DataSettings, LossOn
+from mergekit_dam.config.data_settings import DataSettings, LossOn
 from mergekit_dam.data.row import Row
 from mergekit_dam.data.shapes import Example, Messages
 from mergekit_dam.errors import DamError

@@ -22,7 +22,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.sample import Sampler
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.model.whole import load_whole
-from mergekit_dam.plan import Plan, load_tokenizer, plan_alone
+from mergekit_dam.opening import load_tokenizer
+from mergekit_dam.plan import Plan, plan_alone
 from mergekit_dam.sources import describe
 
 RECIPE = 1  # changes when the same settings would give other rows

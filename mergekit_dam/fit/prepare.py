@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 import mergekit_dam
 from mergekit_dam import coefficients as files
 from mergekit_dam.compatible import require_one_config
-from mergekit_dam.config import Recipe, Settings
+from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.memory import (
@@ -61,8 +61,10 @@ def prepare(
     settings, device = recipe.settings, choose_device(device)
     if options.quiet:
         datasets.disable_progress_bars()
-    plan = plan_merge(recipe.merge, options, settings.formula)
-    settings = settings.model_copy(update={"start": choose_start(settings, plan)})
+    plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
+    settings = settings.model_copy(
+        update={"start": choose_start(settings, plan), "use_base": plan.has_base}
+    )
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     if data is None:
@@ -126,7 +128,7 @@ def own_models(
     stacked): each the whole model as it is."""
     return {
         number: own_model(source, recipe, plan, dtype, device, offload)
-        for number, source in enumerate(plan.sources)
+        for number, source in enumerate(plan.teachers)
         if not plan.is_whole(source)
     }
 
@@ -154,18 +156,17 @@ def own_model(
 def _header(
     recipe: Recipe, settings: Settings, plan: Plan, preparation: Preparation | None
 ) -> files.Header:
-    merge = recipe.merge
-    tokenizer = merge.tokenizer or merge.tokenizer_source
-    if hasattr(tokenizer, "model_dump"):
-        tokenizer = tokenizer.model_dump(mode="json", exclude_none=True)
     return files.Header(
         package=mergekit_dam.__version__,
         formula=settings.formula,
         granularity=settings.granularity if isinstance(settings.granularity, str) else "mixed",
-        sources=tuple(describe(source) for source in plan.sources),
+        sources=(
+            *(describe(source) for source in plan.teachers),
+            *([describe(plan.base, teaches=False)] if plan.has_base else []),
+        ),
         base=describe(plan.base) if settings.formula == "task_vectors" else None,
         preparation=preparation,
-        tokenizer=tokenizer,
+        tokenizer=tokenizer_of(recipe.merge),
         settings=settings.model_dump(mode="json", exclude_none=True),
         merge=recipe.mergekit_part,
     )

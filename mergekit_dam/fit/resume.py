@@ -41,26 +41,27 @@ def digest(same: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str | None:
-    """The checkpoint to go on from. Raises DamError rather than lose or mix up an earlier fit.
-
-    `same` is the identity of the fit that is to go on.
-    """
-    record, last = folder / RECORD, last_checkpoint(folder)
-    if last is None and _is_foreign(folder):
-        raise DamError(
-            f"{folder} is there and holds no fit's checkpoints, for which the fit would use it: "
-            "move it away, or give the coefficient file another name."
-        )
-    if last is None:
-        if is_main_process():
-            _write(record, same)
-        return None
-    if not resume:
+def require_place(folder: Path, *, resume: bool) -> None:
+    """Raises DamError rather than lose an earlier fit, or what is no fit's."""
+    if problem := foreign_problem(folder):
+        raise DamError(f"{problem}.")
+    if last_checkpoint(folder) is not None and not resume:
         raise DamError(
             f"{folder} holds checkpoints of a fit that was interrupted: continue it with "
             "--resume, or remove the folder to start over."
         )
+
+
+def find_checkpoint(folder: Path, same: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from. Raises DamError rather than mix up two fits.
+
+    `same` is the identity of the fit that is to go on.
+    """
+    record, last = folder / RECORD, last_checkpoint(folder)
+    if last is None:
+        if is_main_process():
+            _write(record, same)
+        return None
     earlier = _read(record)
     changed = sorted(key for key in {*same, *earlier} if same.get(key) != earlier.get(key))
     if changed:
@@ -69,6 +70,16 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
             "resume, or remove the folder to start over."
         )
     return last
+
+
+def foreign_problem(folder: Path) -> str:
+    """Why the fit cannot keep its checkpoints in a folder; nothing where it can."""
+    if last_checkpoint(folder) is not None or not _is_foreign(folder):
+        return ""
+    return (
+        f"{folder} is there and holds no fit's checkpoints, for which the fit would use it: move "
+        "it away, or give the coefficient file another name"
+    )
 
 
 def _is_foreign(folder: Path) -> bool:

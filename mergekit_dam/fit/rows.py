@@ -9,7 +9,8 @@ from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import SourceData, load_rows
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.generate import Generation, write_if_missing
-from mergekit_dam.plan import Plan, load_tokenizer
+from mergekit_dam.opening import load_tokenizer
+from mergekit_dam.plan import Plan
 
 
 def load_data(recipe: Recipe, plan: Plan, out: str, device: str) -> list[SourceData]:
@@ -17,12 +18,12 @@ def load_data(recipe: Recipe, plan: Plan, out: str, device: str) -> list[SourceD
     `device`, are kept beside the coefficient file `out`, and written last: a mistake in the
     others shall show before."""
     settings, data = recipe.settings, {}
-    writing = {source: generation(source, settings, plan, out) for source in plan.sources}
-    for source in sorted(plan.sources, key=lambda source: writing[source] is not None):
+    writing = {source: generation(source, settings, plan, out) for source in plan.teachers}
+    for source in sorted(plan.teachers, key=lambda source: writing[source] is not None):
         if writing[source] is not None:
             write_if_missing(writing[source], recipe.merge, device)
         data[source] = load_source_data(source, settings, plan, out)
-    return [data[source] for source in plan.sources]
+    return [data[source] for source in plan.teachers]
 
 
 def generation(
@@ -48,7 +49,7 @@ def load_source_data(
 
 
 def _entry(source: ModelReference, settings: Settings, plan: Plan) -> DataSettings:
-    entry = data_entries(settings, plan.sources).get(source)
+    entry = data_entries(settings, plan.teachers).get(source)
     if entry is None:
         raise DamError(f"`dam.data` has no entry for the source {source}: add one.")
     return entry

@@ -20,7 +20,14 @@ from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
-from mergekit_dam.fit.resume import BEST, digest, discard, discard_empty, find_checkpoint
+from mergekit_dam.fit.resume import (
+    BEST,
+    digest,
+    discard,
+    discard_empty,
+    find_checkpoint,
+    require_place,
+)
 from mergekit_dam.fit.trainer import CoefficientTrainer, build_trainer, history, is_main_process
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Best, Watch, watched
@@ -45,10 +52,11 @@ def fit(
     Raises DamError for every mistake of the user's.
     """
     folder = Path(f"{out}.fit")
+    require_place(folder, resume=resume)
     prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
         return files.open_file(out).header
-    checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
+    checkpoint = find_checkpoint(folder, prepared.identity)
     try:
         header = _train(prepared, folder, checkpoint, resume=resume, quiet=options.quiet)
     except (DamError, OSError, RuntimeError) as error:
@@ -97,7 +105,7 @@ def _train(
     prepared: Fit, folder: Path, checkpoint: str | None, *, resume: bool, quiet: bool
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
-    known = [prepared.plan.known_tokens(source) for source in prepared.plan.sources]
+    known = [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
     held_out = [source.held_out for source in prepared.data]
     figures = functools.partial(evaluate, merged, held_out, settings.batch_size, known)
     with merged.as_average():
@@ -145,7 +153,7 @@ def _trainer(
         folder,
         device=prepared.merged.device.type,
         quiet=quiet,
-        sources=[str(source) for source in prepared.plan.sources],
+        sources=[str(source) for source in prepared.plan.teachers],
     )
 
 

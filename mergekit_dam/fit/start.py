@@ -21,14 +21,12 @@ from mergekit_dam.task_vectors import Preparation, resolve
 
 def choose_start(settings: Settings, plan: Plan) -> str:
     """What `dam.start` says; by default the YAML's weights, where it gives some, or else least
-    squares for a merge without gradients and the average for a fit (docs/method.md has the
-    measurements)."""
+    squares, unless layers have no counterparts (docs/experiments.md has the measurements)."""
     if settings.start is not None:
         return settings.start
     if any("weight" in given for given in _given_parameters(plan)):
         return "weights"
-    solves = settings.max_steps == 0 and first_of_another_layout(plan) is None
-    return "least_squares" if solves else "average"
+    return "least_squares" if first_of_another_layout(plan) is None else "average"
 
 
 def _given_parameters(plan: Plan) -> Iterator[set[str]]:
@@ -40,7 +38,7 @@ def _given_parameters(plan: Plan) -> Iterator[set[str]]:
 def first_of_another_layout(plan: Plan) -> ModelReference | None:
     """A source that is a model of its own rather than a filling of the merge's skeleton, so that
     its layers have no counterparts in the merge."""
-    return next((source for source in plan.sources if not plan.is_whole(source)), None)
+    return next((source for source in plan.teachers if not plan.is_whole(source)), None)
 
 
 def start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
@@ -78,9 +76,10 @@ def start(
         if file is not None:
             result[name] = _from_file(file, name, shape, plan)
             continue
-        given = starting_weights(plan, name, stack.rows, settings, ignored=chosen == "average")
-        values = torch.zeros(len(plan.sources))
-        values[list(stack.rows)] = torch.tensor(given)
+        rows = stack.rows[: stack.teachers]
+        given = starting_weights(plan, name, rows, settings, ignored=chosen == "average")
+        values = torch.zeros(len(plan.sources))  # of a base that teaches nothing, too
+        values[list(rows)] = torch.tensor(given)
         result[name] = values.reshape(-1, *[1] * len(shape)).expand(-1, *shape).clone()
     return result
 
@@ -90,11 +89,17 @@ def _from_file(
 ) -> Tensor:  # [N, *B]
     """Another fit's coefficients; those of a coarser granularity hold for each of its parts."""
     file.check_shape(name, shape)
-    return file.get(name)[_rows_of_file(file, plan)].expand(-1, *shape).clone()
+    rows = _rows_of_file(file, plan)
+    found = file.get(name)[rows].expand(-1, *shape)
+    absent = found.new_zeros(len(plan.sources) - len(rows), *shape)
+    return torch.cat([found, absent])
 
 
 def _rows_of_file(file: CoefficientFile, plan: Plan) -> list[int]:
+    """Of the plan's sources; a file that was fitted without the base has no row for it."""
     rows = match(file.header.sources, plan.sources)
+    if plan.has_base and rows[-1] is None:
+        rows.pop()
     if None in rows or len(file.header.sources) != len(rows):
         raise DamError(
             f"`dam.start`: {file.path} was fitted for other sources: give the file of a fit of "

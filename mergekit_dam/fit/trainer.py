@@ -24,10 +24,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit.batches import ByLength, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.model import MergedModel
+from mergekit_dam.fit.optimizer import STEP, DifferencesAdamW, parameter_groups
 
-STEP = 0.05  # a coefficient's step, relative to how far the sources of its tensor are apart
-SMALLEST = 1e-5  # where they are all the same
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -38,24 +36,20 @@ class CoefficientTrainer(Trainer):
         self,
         *args,
         sources: Sequence[str],
-        rates: Sequence[tuple[Tensor, float]] | None = None,  # of each trained parameter
+        groups: Sequence[dict],  # of parameters, for the optimiser
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        self._rates = rates
+        self._groups = groups
         self._labels = labels(sources)
         self._terms: dict[str, list[Tensor]] = defaultdict(list)
         self._tokens, self._since = 0, None
 
     def create_optimizer(self, model=None):
-        """The Trainer's own kind, with a learning rate for each tensor; a schedule scales all."""
-        if self.optimizer is None and self._rates is not None:
-            kind, arguments = self.get_optimizer_cls_and_kwargs(self.args)
-            groups = [
-                {"params": [parameter], "lr": rate, "weight_decay": 0.0}
-                for parameter, rate in self._rates
-            ]
-            self.optimizer = kind(groups, **arguments)
+        """A schedule scales the learning rates of all groups."""
+        if self.optimizer is None:
+            _, arguments = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = DifferencesAdamW(self._groups, **arguments)
         return super().create_optimizer(model)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -138,15 +132,6 @@ class _Bar(TrainerCallback):
             self._bar.close()
 
 
-def rates(merged: MergedModel) -> list[tuple[Tensor, float]]:
-    """Each trained parameter with its learning rate: a step shall move every merged weight by a
-    like share of what its sources differ in, be they far apart or close to their base."""
-    return [
-        (coefficient, max(STEP * merged.spread(name), SMALLEST))
-        for name, coefficient in merged.trained_coefficients().items()
-    ]
-
-
 def build_trainer(
     distillation: Distillation,
     rows: StepRows,
@@ -165,7 +150,7 @@ def build_trainer(
         train_dataset=rows,
         data_collator=collate,
         sources=sources,
-        rates=None if settings.learning_rate else rates(distillation.merged),
+        groups=parameter_groups(distillation.merged, settings.learning_rate, settings.basis),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)

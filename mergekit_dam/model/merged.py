@@ -92,11 +92,11 @@ class MergedModel(nn.Module):
         return self._device
 
     def regularised(self) -> list[Tensor]:
-        """Each trained tensor's coefficients [n, *B], of the n sources that have the tensor."""
+        """Each trained tensor's coefficients [n, *B], of the n sources that teach and have it."""
         return [
             c if len(rows) == len(c) else c[list(rows)]
             for name, c in self.trained_coefficients().items()
-            for rows in [self._weights[name].rows]
+            for rows in [self._weights[name].rows[: self._weights[name].teachers]]
         ]
 
     def not_finite(self) -> tuple[int, str] | None:
@@ -122,7 +122,7 @@ class MergedModel(nn.Module):
             parts, base = stack.parts
             cosines = [
                 alignment(first, second, base, c.shape[1:])
-                for first, second in itertools.combinations(parts, 2)
+                for first, second in itertools.combinations(parts[: stack.teachers], 2)
             ]
             squares = torch.stack(cosines).square() if cosines else c.new_zeros(0, *c.shape[1:])
             result.append(4 * squares * (1 - squares))
@@ -195,17 +195,6 @@ class MergedModel(nn.Module):
         blocks = (module for module in self.model.modules() if isinstance(module, Block))
         return [block for block in blocks if trained & set(block.tensors.values())]
 
-    @torch.no_grad()
-    def spread(self, name: str) -> float:
-        """How far what the coefficients of an output tensor scale is apart: the root mean square
-        of D_i - mean D over that of D_i, between 0 (all the same) and 1."""
-        parts, base = self._weights[name].parts
-        parts = [part.float() - (0 if base is None else base.float()) for part in parts]
-        mean = sum(parts) / len(parts)
-        apart = sum((part - mean).square().mean() for part in parts)
-        size = sum(part.square().mean() for part in parts)
-        return float((apart / size.clamp_min(torch.finfo(torch.float32).tiny)).sqrt())
-
     def stack(self, name: str) -> Stack:
         """The inputs of one output tensor."""
         return self._weights[name]
@@ -233,7 +222,7 @@ class MergedModel(nn.Module):
             return self._given(name).to(self.device, self._dtype)
         stack = self._weights[name]
         if self._view == "average":
-            sources = stack.sources
+            sources = stack.sources[: stack.teachers]
             share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
             share = share.to(sources[0].device)
             return combine(share, sources, dtype=stack.dtype).to(self._dtype)

@@ -20,6 +20,7 @@ class Stack:
     """One output tensor: what is known of it, and its inputs, wherever they are."""
 
     rows: tuple[int, ...]  # in the coefficients, of the sources that have this tensor
+    teachers: int  # how many of these teach; a base that does not is the last
     shape: torch.Size
     dtype: torch.dtype  # in which the merge writes the result
     load: Callable[[], Inputs]  # to the device
@@ -92,6 +93,7 @@ class SourceWeights:
         self._store.put(name, lambda: self._inputs(name, tensors))
         self._stacks[name] = Stack(
             rows=rows,
+            teachers=sum(row < len(self._plan.teachers) for row in rows),
             shape=first.shape,
             dtype=output.out_dtype or _promoted(tensors),
             load=functools.partial(self._store.get, name),
@@ -99,7 +101,9 @@ class SourceWeights:
         )
 
     def _rows(self, tensors: dict) -> tuple[int, ...]:
-        return tuple(row for row, model in enumerate(self._plan.sources) if model in tensors)
+        """The sources that have a tensor; none where the base alone has it."""
+        rows = [row for row, model in enumerate(self._plan.sources) if model in tensors]
+        return tuple(rows) if rows and rows[0] < len(self._plan.teachers) else ()
 
     def _inputs(self, name: str, tensors: dict) -> Inputs:
         """Of what mergekit has gathered for an output tensor."""

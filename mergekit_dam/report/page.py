@@ -93,7 +93,7 @@ def draw(file: CoefficientFile) -> dict[str, Plot]:
 
 def middle(header: Header) -> float:
     """The coefficient of the plain average, which the heat maps show as neutral."""
-    return 1 / len(header.sources)
+    return 1 / len(header.teachers)
 
 
 def render(file: CoefficientFile, plots: dict[str, Plot]) -> str:

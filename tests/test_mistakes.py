@@ -1,0 +1,112 @@
+"""Mistakes that earlier went unseen, or ended in another library's words."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+from commands import refusal, run
+from test_slices import write_slices
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 3)
+
+
+def changed(path: Path, change: Callable[[dict], object]) -> Path:
+    document = yaml.safe_load(path.read_text())
+    change(document)
+    path.write_text(yaml.safe_dump(document, sort_keys=False))
+    return path
+
+
+@pytest.mark.parametrize("layers", [(2, 0), (1, 1), (-1, 2)])
+def test_layers_in_the_wrong_order(recipe, models, layers) -> None:
+    path = write_slices(recipe(models[:2]), models, [[(0, 0, 2), (1, *layers)]])
+    message = refusal("mergekit-dam", "check", path)
+    assert f"`slices.0.sources.1.layer_range` is {list(layers)}: give the first layer" in message
+
+
+@pytest.mark.parametrize("value", ["a", [0.1, "b"], [{"filter": "mlp", "value": "c"}]])
+def test_a_weight_that_is_no_number(recipe, models, value) -> None:
+    path = changed(
+        recipe(models[:2]), lambda d: d["models"][0].update(parameters={"weight": value})
+    )
+    message = refusal("mergekit-dam", "check", path)
+    assert "which is no number: give one" in message
+    assert "pydantic" not in message
+
+
+def test_a_weight_in_scientific_notation(recipe, models) -> None:
+    def change(document: dict) -> None:
+        for model in document["models"]:
+            model["parameters"] = {"weight": "1e-1"}
+
+    run("mergekit-dam", "check", changed(recipe(models[:2]), change))
+
+
+def test_a_folder_that_is_not_there(recipe, models) -> None:
+    path = changed(recipe(models[:2]), lambda d: d["models"].append({"model": "./missing"}))
+    message = refusal("mergekit-dam", "check", path)
+    assert "The model ./missing cannot be opened (there is no such folder)" in message
+
+
+def test_rows_are_read_beside_other_mistakes(recipe, models, tmp_path) -> None:
+    path = recipe(models[:2])
+    (tmp_path / "data0.jsonl").unlink()
+    (tmp_path / "data1.jsonl").write_text('{"words": "abc"}\n')
+    message = refusal("mergekit-dam", "check", path)
+    assert "has 2 mistakes" in message
+    assert message.count("data0.jsonl") == 1
+    assert "words" in message
+
+
+def test_a_folder_where_the_checkpoints_would_be(recipe, models, tmp_path) -> None:
+    (tmp_path / "dam.safetensors.fit").mkdir()
+    (tmp_path / "dam.safetensors.fit" / "mine").touch()
+    path = recipe(models[:2])
+    for command in ("check", "fit"):
+        assert "holds no fit's checkpoints" in refusal("mergekit-dam", command, path)
+
+
+def test_an_output_under_a_file_is_refused_before_the_fit(recipe, models, tmp_path) -> None:
+    (tmp_path / "file").touch()
+    message = refusal("mergekit-dam", "run", recipe(models[:2]), tmp_path / "file" / "out")
+    assert f"cannot be written, since {tmp_path / 'file'} is a file" in message
+    assert not (tmp_path / "dam.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"tokenizer": {"source": "union"}}, "was fitted with `tokenizer: None`"),
+        ({"granularity": "tensor"}, "was fitted with `granularity: column`, not tensor"),
+    ],
+)
+def test_a_file_of_another_setting(recipe, models, tmp_path, change, told) -> None:
+    path = recipe(models[:2])
+    run("mergekit-dam", "fit", path, "--quiet")
+
+    def change_it(document: dict) -> None:
+        (document if "tokenizer" in change else document["dam"]).update(change)
+
+    message = refusal("mergekit-dam", "merge", changed(path, change_it), tmp_path / "out")
+    assert told in message
+
+
+def test_a_base_that_becomes_a_source(recipe, models, tmp_path) -> None:
+    """The file has no coefficients of it."""
+    path = recipe(models[:2], base_model=str(models[2]), dam={"use_base": False})
+    run("mergekit-dam", "fit", path, "--quiet")
+    changed(path, lambda d: d["models"].append({"model": str(models[2])}))
+    message = refusal("mergekit-dam", "merge", path, tmp_path / "out")
+    assert f"{models[2]} is not one of them" in message
+
+
+def test_an_error_stands_on_a_line_of_its_own(recipe, models, tmp_path) -> None:
+    path = recipe(models[:2], dam={"learning_rate": 1e30, "max_grad_norm": 0, "steps": 8})
+    told = run("mergekit-dam", "fit", path, succeeds=False).stderr
+    assert "Fitting" in told
+    assert told.rstrip().splitlines()[-1].startswith("Error: ")
