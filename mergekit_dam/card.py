@@ -80,12 +80,17 @@ mergekit-yaml {MERGE_RECORD} ./rebuilt
 
 def rebuilding(header: Header, coefficients: str) -> dict[str, Any]:
     """The config that rebuilds the merge with a coefficient file; parsed YAML."""
-    merge = dict(header.merge) or {
-        "models": [{"model": source.reference} for source in header.teachers]
-    }
+    merge = dict(header.merge) or _least_merge(header)
     parameters = {**merge.get("parameters", {}), "coefficients": coefficients}
     config = {"merge_method": "dam", **merge, "parameters": parameters}
     return renamed(config, {source.reference: _pinned(source) for source in header.sources})
+
+
+def _least_merge(header: Header) -> dict[str, Any]:
+    """For a file that does not record the merge: its sources."""
+    models = {"models": [{"model": source.reference} for source in header.teachers]}
+    bases = [source.reference for source in header.sources if not source.teaches]
+    return {"base_model": bases[0], **models} if bases else models
 
 
 def _pinned(source: Source) -> str:
@@ -140,7 +145,8 @@ def _sections(header: Header, rebuild: str, local: Iterable[str] = ()) -> Iterat
 def _sources(header: Header) -> str:
     lines = ["| source | revision | fingerprint of the weights |", "| --- | --- | --- |"]
     for source in (*header.sources, *([header.base] if header.base else [])):
-        cells = (source.reference, source.revision or "", source.weights)
+        role = "" if source in header.teachers else " (the base)"
+        cells = (source.reference + role, source.revision or "", source.weights)
         lines.append(f"| {' | '.join(table.cell(cell) for cell in cells)} |")
     return "## Sources\n\n" + "\n".join(lines) + "\n"
 

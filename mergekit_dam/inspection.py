@@ -50,7 +50,8 @@ def _sources(header: Header) -> str:
 def describe(source: Source) -> str:
     """A source by name, revision and the first digits of its weights' fingerprint."""
     revision = f" at {source.revision}" if source.revision else ""
-    return f"{source.reference}{revision} (weights {source.weights[:8]})"
+    role = "" if source.teaches else ", the base, which teaches nothing"
+    return f"{source.reference}{revision} (weights {source.weights[:8]}){role}"
 
 
 def _kinds(kinds: Sequence[Group], sources: int) -> str:

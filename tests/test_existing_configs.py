@@ -135,8 +135,10 @@ def test_in_float32_the_start_is_mergekits_merge_bit_for_bit(
     assert all(torch.equal(ours[name], tensor) for name, tensor in stock.items())
 
 
-@pytest.mark.parametrize("method", ["linear", *DETERMINISTIC])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "method"),
+    [("float16", "ties"), *(("bfloat16", method) for method in ("linear", *DETERMINISTIC))],
+)
 def test_in_half_precision_the_start_is_nearer_to_the_exact_merge_than_mergekits(
     recipe, models, tmp_path, method, dtype
 ):

@@ -302,7 +302,13 @@ def test_written_rows_do_what_real_rows_do(tmp_path: Path, monkeypatch: pytest.M
     """On the quickstart, in fewer steps than docs/data.md reports; on real held-out rows."""
     monkeypatch.chdir(ROOT)
     document = yaml.safe_load(Path("examples/quickstart/config.yml").read_text())
-    document["dam"] |= {"steps": 12, "seed": 1, "examples": 300, "held_out": 0.1}
+    document["dam"] |= {
+        "start": "average",
+        "steps": 12,
+        "seed": 1,
+        "examples": 300,
+        "held_out": 0.1,
+    }
 
     def fitted(name: str, **dam) -> tuple[CoefficientFile, Recipe]:
         file = tmp_path / f"{name}.safetensors"

@@ -66,11 +66,17 @@ def models(tmp_path_factory) -> list[Path]:
     return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 3)
 
 
+KEPT: dict[tuple[Path, ...], bytes] = {}  # models -> the coefficient file of their fit
+
+
 @pytest.fixture
 def config(recipe, models, tmp_path) -> Path:
-    """A recipe whose coefficients are fitted."""
+    """A recipe whose coefficients are fitted, once for all tests."""
     path = recipe(models)
-    fitted(path, tmp_path)
+    if tuple(models) not in KEPT:
+        fitted(path, tmp_path)
+        KEPT[tuple(models)] = (tmp_path / "dam.safetensors").read_bytes()
+    (tmp_path / "dam.safetensors").write_bytes(KEPT[tuple(models)])
     return path
 
 

@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 import transformers
+from commands import run
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
@@ -149,3 +150,9 @@ def test_a_step_takes_no_more_than_was_predicted(recipe, tmp_path):
         with Peak("cpu") as peak:
             distillation(**inputs)["loss"].backward()
         assert 0.3 * expected.of(mode) < peak.most < 1.15 * expected.of(mode), mode
+
+
+def test_a_model_that_cannot_be_measured_tells_nobody(recipe, tmp_path):
+    """torch logs a traceback where experts cannot run without computing."""
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["mixtral"], 2)
+    assert "fake_tensor" not in run("mergekit-dam", "check", recipe(models)).stderr

@@ -14,7 +14,7 @@ from commands import refusal, run
 from mergekit.options import MergeOptions
 from PIL import Image
 
-from mergekit_dam import report, table
+from mergekit_dam import inspection, report, table
 from mergekit_dam.coefficients import (
     CoefficientFile,
     Figures,
@@ -28,6 +28,7 @@ from mergekit_dam.coefficients import (
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
+from mergekit_dam.report.page import middles
 from mergekit_dam.report.plots import Limits, axes_of, colour, heat_map, held_out, short
 from mergekit_dam.summary import cells, statistics
 
@@ -137,7 +138,7 @@ def test_eight_sources_and_eighty_layers(tmp_path: Path):
     found = cells(statistics(written(tmp_path / "dam.safetensors", sources=8, layers=80)))
     assert len({colour(number) for number in range(20)}) == 20
     kinds, layers = axes_of(found)
-    light, _ = heat_map(found, 7, Limits.of(found, 1 / 8))
+    light, _ = heat_map(found, 7, Limits.of(found, [1 / 8] * 8))
     image = Image.open(io.BytesIO(light)).convert("RGB")
     across = {image.getpixel((x, 60)) for x in range(image.width)}
     assert len(across) > 60  # each layer has its own mean here
@@ -148,9 +149,26 @@ def test_eight_sources_and_eighty_layers(tmp_path: Path):
 
 def test_colours_reach_from_the_middle_and_pass_over_outliers(tmp_path: Path):
     file = written(tmp_path / "dam.safetensors", layers=200)
-    low, high = Limits.of(cells(statistics(file)), 0.5).mean
+    low, high = Limits.of(cells(statistics(file)), [0.5] * len(file.header.sources)).mean(0)
     assert low + high == pytest.approx(1.0)
     assert 195 < high < 201  # the mean of layer n is about n
+
+
+def test_a_base_that_teaches_nothing_is_told_apart(tmp_path: Path):
+    """Its coefficient in the plain average is zero."""
+    sources = tuple(
+        Source(reference=name, weights=name, teaches=name != "root") for name in ("a", "b", "root")
+    )
+    made = written(tmp_path / "made.safetensors", sources=3, results=None)
+    header = made.header.model_copy(update={"sources": sources})
+    save(tmp_path / "dam.safetensors", {name: made.get(name) for name in made.names}, header)
+    file = CoefficientFile(tmp_path / "dam.safetensors")
+    assert middles(file.header) == (0.5, 0.5, 0.0)
+    report.write_page(file, str(tmp_path / "dam.html"))
+    text = Page(tmp_path / "dam.html").text
+    assert "3 root (the base, which teaches nothing)" in text
+    assert "has 0.5 everywhere, and 0 for the base." in text
+    assert "the base, which teaches nothing" in inspection.as_text(file, statistics(file))
 
 
 def test_a_file_that_no_fit_has_written(tmp_path: Path):

@@ -74,7 +74,8 @@ def test_the_card_of_a_merge(fitted: Path, models, tmp_path: Path):
     assert readme.data.base_model is None  # local paths are no names on the Hub
     header = CoefficientFile(tmp_path / "dam.safetensors").header
     for source in header.sources:
-        assert f"| {source.reference} |" in readme.text
+        role = "" if source.teaches else " (the base)"
+        assert f"| {source.reference}{role} |" in readme.text
         assert source.weights in readme.text
     for what in ("## Held-out results", "| mean |", "## Data", "data0.jsonl", "learning_rate: 0.1"):
         assert what in readme.text

@@ -1,5 +1,8 @@
 """How much a model keeps between forward and backward, measured without computing anything."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +32,23 @@ def measure(
     """Runs the model on tensors without storage. Models that cannot run so are estimated: like a
     Llama of their sizes."""
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with _quietly(), FakeTensorMode(allow_non_fake_inputs=True):
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
             return _measure(model)
     except Exception:  # whatever stops such a run would not stop a real one
         return _estimate(config.get_text_config(), dtype)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the traceback that torch logs for an operation that it cannot run so, such as the
+    grouped products of experts in float32; the estimate takes its place."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _measure(model: nn.Module) -> Activations:

@@ -79,7 +79,7 @@ def draw(file: CoefficientFile) -> dict[str, Plot]:
     header, tensors = file.header, summary.statistics(file)
     cells, parts = summary.cells(tensors), summary.shares(summary.by_layer(tensors))
     edges, counts = summary.histogram(file, tensors)
-    limits = plots.Limits.of(cells, middle(header))
+    limits = plots.Limits.of(cells, middles(header))
 
     pictures = {"histogram": plots.histograms(edges, counts)}
     if parts:
@@ -91,9 +91,9 @@ def draw(file: CoefficientFile) -> dict[str, Plot]:
     return {name: Plot(name, *both) for name, both in pictures.items()}
 
 
-def middle(header: Header) -> float:
-    """The coefficient of the plain average, which the heat maps show as neutral."""
-    return 1 / len(header.teachers)
+def middles(header: Header) -> tuple[float, ...]:
+    """Each source's coefficient in the plain average, which its heat map shows as neutral."""
+    return tuple(source.teaches / len(header.teachers) for source in header.sources)
 
 
 def render(file: CoefficientFile, plots: dict[str, Plot]) -> str:
@@ -116,7 +116,7 @@ def render(file: CoefficientFile, plots: dict[str, Plot]) -> str:
         columns=table.COLUMNS,
         rows=table.rows(header) if header.results else [],
         plots=plots,
-        middle=middle(header),
+        middle=middles(header)[0],
         data=_data(header),
         settings=_settings(header),
         merge=yaml.safe_dump(header.merge, sort_keys=False) if header.merge else "",

@@ -47,7 +47,7 @@ def heat_map(
     height = 0.24 * len(kinds) + 0.75
     figure, (top, bottom) = _figure(9.6, 2 * height, rows=2)
     for axes, field, title, colours, (low, high) in (
-        (top, "mean", "mean", DEVIATION, limits.mean),
+        (top, "mean", "mean", DEVIATION, limits.mean(source)),
         (bottom, "spread", "standard deviation", SPREAD, limits.spread),
     ):
         values = _matrix(cells, kinds, layers, source, field)
@@ -67,18 +67,28 @@ def heat_map(
 class Limits:
     """The colour scales that all sources share."""
 
-    mean: tuple[float, float]  # the same on both sides of the middle
+    middles: tuple[float, ...]  # each source's coefficient in the plain average
+    reach: float  # on both sides of it
     spread: tuple[float, float]
 
+    def mean(self, source: int) -> tuple[float, float]:
+        return self.middles[source] - self.reach, self.middles[source] + self.reach
+
     @classmethod
-    def of(cls, cells: Mapping[tuple[str, int | None], Group], middle: float) -> "Limits":
+    def of(
+        cls, cells: Mapping[tuple[str, int | None], Group], middles: Sequence[float]
+    ) -> "Limits":
         """One cell in a hundred may lie beyond: an outlier would pale all others."""
         groups = list(cells.values())
-        deviations = [abs(mean - middle) for group in groups for mean in group.mean]
+        deviations = [
+            abs(mean - middle)
+            for group in groups
+            for mean, middle in zip(group.mean, middles, strict=True)
+        ]
         reach = float(np.quantile(deviations, 0.99)) or 0.01
         spreads = [spread for group in groups for spread in group.spread]
         widest = float(np.quantile(spreads, 0.99)) or 0.01
-        return cls((middle - reach, middle + reach), (0.0, widest))
+        return cls(tuple(middles), reach, (0.0, widest))
 
 
 def axes_of(cells: Mapping[tuple[str, int | None], Group]) -> tuple[list[str], list[int]]:
@@ -148,7 +158,8 @@ def curves(results: Results) -> Pictures:
 
 
 def held_out(results: Results) -> list[tuple[list[int], list[float]]]:
-    """(steps, KL) of each source: before the fit, where it was evaluated on the way, after it."""
+    """(steps, KL) of each source: the plain average's at 0, where it was evaluated on the way, and
+    after the fit."""
     last = results.history[-1].step if results.history else 0
     points = [
         (0, [figures.kl for figures in results.average]),
