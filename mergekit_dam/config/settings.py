@@ -115,7 +115,7 @@ class Settings(Block):
         "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
     )
     calibration: int = Field(
-        256, ge=1, description="rows of each source for the least-squares start"
+        128, ge=1, description="rows of each source for the least-squares start"
     )
     use_base: bool | None = Field(
         None,
