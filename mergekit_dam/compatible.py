@@ -13,6 +13,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from transformers import PretrainedConfig
 
+from mergekit_dam.config import parts_of
 from mergekit_dam.config.recipe import match_reference
 from mergekit_dam.errors import DamError
 
@@ -60,7 +61,7 @@ def differing_shapes(
 
 def _input_lists(merge: MergeConfiguration) -> Iterator[Sequence[ModelReference]]:
     """The models whose tensors go into one output tensor together."""
-    for part in (merge, *(merge.modules or {}).values()):
+    for part in parts_of(merge):
         yield [entry.model for entry in part.models or ()]
         for piece in part.slices or ():
             yield [source.model for source in piece.sources]

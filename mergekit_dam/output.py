@@ -10,6 +10,7 @@ from pathlib import Path
 from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.places import hindrance
 
 MERGE_RECORD = "mergekit_config.yml"  # mergekit writes it into every merge of its own
 INPUTS_RECORD = "mergekit_dam_inputs.json"  # of a step in a chain: what it was made of
@@ -30,11 +31,9 @@ def require_free(out: str, *, overwrite: bool, inputs: Iterable[str]) -> None:
     path = Path(out)
     if path.exists() and not path.is_dir():
         raise DamError(f"{out} is a file: give the name of a new folder.")
+    if reason := hindrance(path):
+        raise DamError(f"{out} cannot be written, since {reason}: give another place.")
     target = path.resolve()
-    folder = next(parent for parent in target.parents if parent.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        what = "read-only" if folder.is_dir() else "a file"
-        raise DamError(f"{out} cannot be written, since {folder} is {what}: give another place.")
     for name in inputs:
         if target in (place := Path(name).expanduser().resolve(), *place.parents):
             raise DamError(f"{out} holds {name}, which the merge reads: give another folder.")

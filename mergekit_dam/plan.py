@@ -25,6 +25,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.compatible import config_differences, require_compatible
+from mergekit_dam.config import parts_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
@@ -250,7 +251,7 @@ def source_models(merge: MergeConfiguration, formula: Formula) -> tuple[ModelRef
     Under task vectors the base's own difference is zero, so it is none even where it is listed.
     """
     listed: list[ModelReference] = []
-    for part in (merge, *(merge.modules or {}).values()):
+    for part in parts_of(merge):
         listed += [entry.model for entry in part.models or ()]
         listed += [source.model for piece in part.slices or () for source in piece.sources]
     base = merge.base_model if formula == "task_vectors" else None

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mergekit_dam.config import read_recipe
-from mergekit_dam.fit.optimizer import SMALLEST, STEP, Basis, DifferencesAdamW, parameter_groups
+from mergekit_dam.config.settings import Basis
+from mergekit_dam.fit.optimizer import SMALLEST, STEP, DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.prepare import prepare
 
 FILE = "model.safetensors"

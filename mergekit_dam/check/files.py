@@ -8,6 +8,7 @@ from mergekit_dam.coefficients import is_coefficient_file
 from mergekit_dam.config import Recipe
 from mergekit_dam.fit.resume import foreign_problem
 from mergekit_dam.hub import parse
+from mergekit_dam.places import hindrance
 
 
 def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -> Iterator[str]:
@@ -40,8 +41,5 @@ def _writing_problems(path: Path) -> Iterator[str]:
         )
     if problem := foreign_problem(Path(f"{path}.fit")):
         yield problem
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not folder.is_dir():
-        yield f"{path} cannot be written, since {folder} is a file: give another path"
-    elif not os.access(folder, os.W_OK):
-        yield f"{path} cannot be written, since {folder} is read-only: give another path"
+    if reason := hindrance(path):
+        yield f"{path} cannot be written, since {reason}: give another path"

@@ -6,7 +6,7 @@ from typing import Any
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.config import Settings
+from mergekit_dam.config import Settings, parts_of
 
 NUMBERS = ("weight", "density", "gamma", "epsilon", "lambda")
 
@@ -27,7 +27,7 @@ def parameter_problems(merge: MergeConfiguration, settings: Settings) -> Iterato
 
 def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:
     yield merge.parameters
-    for part in (merge, *(merge.modules or {}).values()):
+    for part in parts_of(merge):
         yield part.parameters
         for model in part.models or ():
             yield model.parameters
@@ -67,7 +67,7 @@ def _values(setting: Any) -> Iterator[Any]:
 
 def range_problems(merge: MergeConfiguration) -> Iterator[str]:
     """Layers that end before they begin; those that a model lacks are found in its header."""
-    for part in (merge, *(merge.modules or {}).values()):
+    for part in parts_of(merge):
         for index, piece in enumerate(part.slices or ()):
             for number, source in enumerate(piece.sources):
                 start, end = source.layer_range

@@ -54,11 +54,12 @@ def check(
     problems += path_problems(recipe, coefficients, will_fit=will_fit)
     of_fit = list(_collect(fit_problems(recipe, device))) if will_fit else []
     problems += of_fit
-    problems += number_problems(recipe.merge)
+    no_numbers = list(number_problems(recipe.merge))
+    problems += no_numbers
     of_models = [*range_problems(recipe.merge), *model_problems(recipe, options)]
     of_models = of_models or list(token_problems(recipe.merge, options))
     problems += of_models
-    if of_models or any(number_problems(recipe.merge)):
+    if of_models or no_numbers:
         raise DamError(listed(recipe.path, problems))  # nothing can be planned
     try:
         plan = plan_merge(

@@ -206,6 +206,11 @@ def _wrong_dtypes(document: Mapping) -> Iterator[str]:
             yield f"`{key}` is {reprlib.repr(name)}: choose one of {', '.join(DTYPES)}"
 
 
+def parts_of(merge: MergeConfiguration) -> tuple[Any, ...]:
+    """What may have `models`, `slices` and `parameters`: the merge, and each of its modules."""
+    return (merge, *(merge.modules or {}).values())
+
+
 def tokenizer_of(merge: MergeConfiguration) -> Any:
     """The YAML's `tokenizer` or `tokenizer_source`, as a coefficient file records it."""
     tokenizer = merge.tokenizer or merge.tokenizer_source

@@ -14,6 +14,7 @@ from mergekit_dam.formula import Formula, Granularity
 from mergekit_dam.task_vectors import Sparsify
 
 Weight = Annotated[float, Field(ge=0)]
+Basis = Literal["differences", "coefficients"]
 STARTS = ("least_squares", "average", "weights")  # any other is the path of a file
 
 # arXiv 2410.08371, section 4; L1 and L2 are off there as in the published training script.
@@ -138,7 +139,7 @@ class Settings(Block):
         description="peak learning rate of AdamW; default: for each tensor one that moves its "
         "weights by 0.05 of what its sources differ in",
     )
-    basis: Literal["differences", "coefficients"] = Field(
+    basis: Basis = Field(
         "differences",
         description="what AdamW steps along with `formula: weights`: what each source differs in "
         "from the base (or from the sources' mean) and that middle itself, or each coefficient",

@@ -1,11 +1,8 @@
 """The least-squares start of a fit: its rows, its progress, and going on where it was killed."""
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -13,7 +10,7 @@ from tqdm import tqdm
 from mergekit_dam.config import Settings
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.resume import PROGRESS
+from mergekit_dam.fit.resume import PROGRESS, keep, kept
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.least_squares import CHECKED, least_squares
 from mergekit_dam.model import MergedModel
@@ -47,7 +44,8 @@ def calibrate(
         def report(path: str, done: set[str]) -> None:
             bar.update()
             if is_main_process() and done - solved:
-                _keep(merged, done, folder / PROGRESS)
+                coefficients = merged.coefficients()
+                keep(folder / PROGRESS, {name: coefficients[name] for name in sorted(done)})
 
         least_squares(merged, rows, solved=solved, report=report)
     _go_as_far_as_helps(merged, start, [own[::CHECKED] for own in rows], settings, known)
@@ -73,29 +71,10 @@ def _go_as_far_as_helps(
     divergence(best)
 
 
-def _keep(merged: MergedModel, solved: set[str], path: Path) -> None:
-    coefficients = merged.coefficients()
-    tensors = {name: coefficients[name].detach().cpu().contiguous() for name in sorted(solved)}
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(safetensors.torch.save(tensors))
-    os.replace(temporary, path)
-
-
 def _restore(merged: MergedModel, path: Path) -> set[str]:
     """Set what an interrupted start has solved; nothing where it has left nothing sound."""
     coefficients = merged.coefficients()
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            kept = {
-                name: file.get_tensor(name)
-                for name in names & coefficients.keys()
-                if tuple(file.get_slice(name).get_shape()) == tuple(coefficients[name].shape)
-            }
-    except (safetensors.SafetensorError, OSError):
-        return set()
-    if kept.keys() != names:
-        return set()
-    for name, value in kept.items():
+    solved, _ = kept(path, coefficients)
+    for name, value in solved.items():
         coefficients[name].data.copy_(value)
-    return names
+    return set(solved)

@@ -1,14 +1,14 @@
 """AdamW with steps along what the sources differ in, as large as suits how far they differ."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mergekit_dam.config.settings import Basis
 from mergekit_dam.model import MergedModel, Stack
 
-Basis = Literal["differences", "coefficients"]
 STEP = 0.05  # relative to what the sources of a tensor differ in
 SMALLEST = 1e-5  # where they are all the same
 TINY = 1e-30  # instead of a division by zero

@@ -160,10 +160,7 @@ def _header(
         package=mergekit_dam.__version__,
         formula=settings.formula,
         granularity=settings.granularity if isinstance(settings.granularity, str) else "mixed",
-        sources=(
-            *(describe(source) for source in plan.teachers),
-            *([describe(plan.base, teaches=False)] if plan.has_base else []),
-        ),
+        sources=tuple(describe(s, teaches=s in plan.teachers) for s in plan.sources),
         base=describe(plan.base) if settings.formula == "task_vectors" else None,
         preparation=preparation,
         tokenizer=tokenizer_of(recipe.merge),

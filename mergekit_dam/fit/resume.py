@@ -5,10 +5,14 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
 
 from mergekit_dam.coefficients import Header
 from mergekit_dam.data import SourceData
@@ -107,6 +111,29 @@ def discard(folder: Path) -> None:
     (folder / RECORD).unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
         folder.rmdir()
+
+
+def keep(path: Path, coefficients: Mapping[str, Tensor], **metadata: str) -> None:
+    """Write coefficients of a fit that is under way, whole or not at all."""
+    tensors = {name: c.detach().cpu().contiguous() for name, c in coefficients.items()}
+    temporary = path.with_suffix(".partial")
+    temporary.write_bytes(safetensors.torch.save(tensors, metadata or None))
+    os.replace(temporary, path)
+
+
+def kept(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `keep` has written, and its metadata; nothing where it is not sound, or holds others
+    than tensors that are like the given ones."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            for name in names:
+                shape = tuple(file.get_slice(name).get_shape())
+                if name not in like or shape != tuple(like[name].shape):
+                    return {}, {}
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except (safetensors.SafetensorError, OSError):
+        return {}, {}
 
 
 def _write(record: Path, same: dict[str, Any]) -> None:

@@ -182,7 +182,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         gradient_accumulation_steps=settings.accumulation,
         max_steps=settings.max_steps,
         num_train_epochs=settings.epochs or 1.0,
-        learning_rate=settings.learning_rate or STEP,  # shown in logs; see `rates`
+        learning_rate=settings.learning_rate or STEP,  # see `parameter_groups`
         lr_scheduler_type=settings.schedule,
         warmup_steps=settings.warmup,  # below 1: a share of all steps
         weight_decay=0.0,

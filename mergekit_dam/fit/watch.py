@@ -1,18 +1,15 @@
 """Held-out KL on the way of a fit: the curve, the best coefficients of it, and when to stop."""
 
-import json
-import os
+import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
-from torch import Tensor
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mergekit_dam.coefficients import Figures, HeldOut
 from mergekit_dam.config import Settings
+from mergekit_dam.fit.resume import keep, kept
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.fit.verdict import mean_kl
 from mergekit_dam.model import MergedModel
@@ -41,10 +38,7 @@ class Best:
         self._kl = mean_kl(figures)
         self._kept = {name: c.detach().cpu().clone() for name, c in self._trained.items()}
         if is_main_process():
-            data = safetensors.torch.save(self._kept, {"kl": json.dumps(self._kl)})
-            temporary = self._path.with_suffix(".partial")
-            temporary.write_bytes(data)
-            os.replace(temporary, self._path)
+            keep(self._path, self._kept, kl=repr(self._kl))
 
     def take(self, end: Sequence[Figures]) -> bool:
         """Set the best coefficients, if those of the end, with their figures, are not."""
@@ -56,19 +50,10 @@ class Best:
 
     def _restore(self) -> None:
         """Nothing where an interrupted fit has left nothing sound: it is found again."""
-        try:
-            with safetensors.safe_open(self._path, framework="pt") as file:
-                kl = json.loads(file.metadata()["kl"])
-                kept = {name: _tensor(file, name, like) for name, like in self._trained.items()}
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError, TypeError):
-            return
-        self._kl, self._kept = float(kl), kept
-
-
-def _tensor(file, name: str, like: Tensor) -> Tensor:
-    if tuple(file.get_slice(name).get_shape()) != tuple(like.shape):
-        raise ValueError(f"{name} has another shape")
-    return file.get_tensor(name)
+        found, metadata = kept(self._path, self._trained)
+        with contextlib.suppress(KeyError, ValueError):
+            if found.keys() == self._trained.keys():
+                self._kl, self._kept = float(metadata["kl"]), found
 
 
 class Watch(TrainerCallback):
