@@ -9,7 +9,10 @@ For one output tensor with sources W_1..W_N, each of shape S, and coefficients c
 The fit and the merge both call `combine`, so the two cannot drift apart.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -69,6 +72,16 @@ def combine(
     return _Combine.apply(coefficients, base, dtype, prepared, again, *sources)
 
 
+@functools.cache
+def _kernels(device: torch.device) -> ModuleType | None:
+    """The same in one pass on a GPU; None where plain torch serves."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from mergekit_dam import kernels  # needs Triton
+
+    return kernels if kernels.works(device) else None
+
+
 def _accumulator(sources: Sequence[Tensor]) -> torch.dtype:
     return torch.promote_types(torch.float32, sources[0].dtype)
 
@@ -87,6 +100,8 @@ class _Combine(torch.autograd.Function):
     def forward(ctx, coefficients, base, dtype, prepared, again, *sources):
         kept = sources, None if prepared else base
         ctx.again, ctx.shape = again or (lambda: kept), coefficients.shape
+        if kernels := _kernels(sources[0].device):
+            return kernels.combine(coefficients, sources, base, dtype, prepared=prepared)
         merged = torch.empty_like(sources[0], dtype=dtype)
         for part in _parts(merged):
             _combine_part(
@@ -102,6 +117,9 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, gradient):
         """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
         sources, subtracted = ctx.again()
+        if kernels := _kernels(gradient.device):
+            by_c = kernels.gradient(gradient, sources, subtracted, ctx.shape)
+            return by_c.float(), *(None for _ in range(4 + len(sources)))
         accumulator = _accumulator(sources)
         gradients = torch.zeros(ctx.shape, dtype=accumulator, device=gradient.device)
         for part in _parts(gradient):

@@ -5,9 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-import yaml
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -15,9 +13,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if not torch.cuda.is_available():  # before anything imports Triton
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import tiny  # noqa: E402  after the settings above
+import yaml  # noqa: E402
 
-from mergekit_dam import report  # noqa: E402  after the settings above
+from mergekit_dam import report  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -60,6 +60,24 @@ def test_it_starts_at_zero_and_is_trained(recipe, models, base, tmp_path, start)
     assert sum(f.kl for f in header.results.fit) < sum(f.kl for f in header.results.average)
 
 
+@pytest.mark.parametrize(
+    ("steps", "weight", "row"),
+    [(0, None, [0, 0, 1]), (1, None, [0.5, 0.5, 0]), (0, 1, [0.5, 0.5, 0])],
+)
+def test_least_squares_alone_begins_at_the_base(recipe, models, base, steps, weight, row) -> None:
+    """It ends nearer to its sources from there; a fit ends nearer from the average."""
+    path = recipe(models, base_model=base, dam={"start": "least_squares", "steps": steps})
+    document = yaml.safe_load(path.read_text())
+    for model in document["models"]:
+        model["parameters"] = {} if weight is None else {"weight": weight}
+    path.write_text(yaml.safe_dump(document))
+    found = prepare(read_recipe(str(path)), OPTIONS, device="cpu").merged
+    for c in found.coefficients().values():
+        assert torch.equal(
+            c, torch.tensor(row).float().reshape(-1, *[1] * (c.dim() - 1)).expand_as(c)
+        )
+
+
 def test_at_its_start_it_changes_nothing(recipe, models, base, tmp_path) -> None:
     for name, keys in (("with", {"base_model": base}), ("without", {})):
         path = recipe(models, dam={"steps": 0}, **keys)

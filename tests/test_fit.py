@@ -215,7 +215,13 @@ def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
 def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
     command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        # Processes in a shell's background inherit that SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     while process.poll() is None and not has_checkpoint(tmp_path / "dam.safetensors"):
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)

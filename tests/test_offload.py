@@ -1,5 +1,7 @@
 """Where the sources live changes no bit of the result, and what is kept is what it says."""
 
+import itertools
+
 import pytest
 import tiny
 import torch
@@ -12,7 +14,7 @@ from mergekit_dam.fit import fit, memory
 from mergekit_dam.fit.memory import choose_offload
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block
-from mergekit_dam.model.offload import InHostMemory
+from mergekit_dam.model.offload import Arena, InHostMemory
 
 QUIET = MergeOptions(quiet=True)
 GB = 10**9
@@ -130,3 +132,23 @@ class _Little:
             available = 20_000
 
         return Memory
+
+
+def test_an_arena_holds_copies_one_after_the_other():
+    arena = Arena(size=8192, pinned=False)
+    shapes = [(3, 5), (700,), (), (0, 4), (40, 30), (1000,), (7, 1)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+    tensors = [
+        (100 * torch.randn(shape)).to(dtype) for shape in shapes for dtype in (*dtypes, torch.int8)
+    ]
+    tensors.append(torch.randn(6, 4).t())  # not contiguous
+    copies = [arena.copy(tensor) for tensor in tensors]
+    assert all(map(torch.equal, tensors, copies))
+    assert all(copy.is_contiguous() for copy in copies)
+    pieces = {copy.untyped_storage().data_ptr() for copy in copies if copy.numel()}
+    sizes = [copy.untyped_storage().nbytes() for copy in copies]
+    assert len(pieces) < len(tensors) / 3
+    assert max(sizes) == 9728  # the largest takes a piece of its own size
+    spans = sorted((copy.data_ptr(), copy.nbytes) for copy in copies if copy.numel())
+    assert all(one + size <= other for (one, size), (other, _) in itertools.pairwise(spans))
+    assert all(start % 64 == 0 for start, _ in spans)

@@ -10,12 +10,11 @@ from commands import run
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
-from mergekit_dam.config import Settings, read_recipe
+from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
-from mergekit_dam.fit.memory import Needs, choose_recompute
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import weights
-from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.model.activations import measure
 
 QUIET = MergeOptions(quiet=True)
 MODES = ("block", "weights", "none")
@@ -108,48 +107,6 @@ def test_what_a_model_keeps_is_measured_without_computing():
 def test_every_architecture_has_an_estimate(name):
     found = measure(tiny.CONFIGS[name], torch.float32, trust_remote_code=False)
     assert found.all >= found.largest >= found.inputs / 6 > 0
-
-
-@pytest.mark.parametrize(
-    "free, mode", [(10**6, "none"), (40_000, "weights"), (12_000, "block"), (1, "block")]
-)
-def test_auto_takes_the_fastest_that_fits(free, mode):
-    needs = Needs(tokens=10, kept=Activations(1000, 200, 50), weights=50_000, block=1000)
-    settings = Settings(data=())
-    chosen, why = choose_recompute(settings, needs, free)
-    assert chosen == mode
-    assert (mode in why and " B" in why) or "KB" in why
-    settings = Settings(data=(), recompute="weights")
-    assert choose_recompute(settings, needs, free) == ("weights", "")
-
-
-def test_a_step_takes_no_more_than_was_predicted(recipe, tmp_path):
-    """The peak of this process' own memory, on a model large enough to be seen."""
-    from benchmarks.measuring import Peak
-
-    from mergekit_dam.config.settings import Objective
-    from mergekit_dam.data import Row, SourceData
-    from mergekit_dam.fit.batches import batch
-    from mergekit_dam.fit.memory import needs
-    from mergekit_dam.fit.objective import Distillation
-    from mergekit_dam.model import build_skeleton
-
-    sizes = {"vocab_size": 4096, "hidden_size": 256, "intermediate_size": 512}
-    config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes, "num_hidden_layers": 4})
-    models = tiny.save_models(tmp_path, config, 2)
-    rows = [Row([1] * 512), Row([2] * 512)]
-    data = [SourceData([row], [row]) for row in rows]
-    fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu", data=data)
-    skeleton = build_skeleton(config, frozenset(fitted.merged.coefficients()))
-    expected = needs(config, skeleton, torch.float32, 1024)
-    distillation, inputs = Distillation(fitted.merged, Objective()), batch(rows, [0, 1])
-    for mode in MODES:
-        fitted.merged.recompute = mode
-        distillation(**inputs)["loss"].backward()
-        distillation.zero_grad()
-        with Peak("cpu") as peak:
-            distillation(**inputs)["loss"].backward()
-        assert 0.3 * expected.of(mode) < peak.most < 1.15 * expected.of(mode), mode
 
 
 def test_a_model_that_cannot_be_measured_tells_nobody(recipe, tmp_path):

@@ -1,7 +1,6 @@
 """What a fit will need, from the plan and the headers alone."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import get_args
@@ -9,8 +8,10 @@ from typing import get_args
 import torch
 
 from mergekit_dam.check.headers import HeaderShapes
+from mergekit_dam.check.speed import step_seconds
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.fit.memory import Needs, needs, size
+from mergekit_dam.data import SourceData
+from mergekit_dam.fit.memory import Place, longest_step, needs, place, size
 from mergekit_dam.formula import coefficient_shape
 from mergekit_dam.model import Recompute, Role, Skeleton, build_skeleton
 from mergekit_dam.plan import Plan
@@ -28,10 +29,13 @@ class Estimate:
     coefficients: int  # numbers in the file
     trained: int  # of them trained
     weights: int  # of all sources together
-    tokens: int  # of a step whose rows are as long as `max_length` lets them be
-    step: dict[str, int]  # `recompute` -> what a step takes beside them
+    tokens: int  # of a step of the longest rows: of the data, where they were read
+    step: dict[str, int]  # `recompute` -> what a step takes beside the sources
     seconds: float  # of a step, with whole blocks made again
     file: int
+    checkpoints: int
+    states: int  # of the sources on their rows, where they are kept
+    place: Place
 
     def __str__(self) -> str:
         unreached = (
@@ -45,9 +49,11 @@ class Estimate:
             f"{self.trained_tensors} of them with trained coefficients\n"
             f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
-            f"memory: weights {size(self.weights)}; a step of {self.tokens:,} tokens, which is the "
-            f"most, about {steps}, in about {self.seconds:.2g} s\n"
-            f"disk: coefficient file {size(self.file)}, checkpoints {size(6 * self.file)}"
+            f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
+            f"{steps}, in about {self.seconds:.2g} s\n"
+            f"{self.place}\n"
+            f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
+            f"{f', states of the sources {size(self.states)}' if self.states else ''}"
         )
 
 
@@ -61,19 +67,32 @@ def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
 
 
 def estimate(
-    plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton, device: str
+    plan: Plan,
+    settings: Settings,
+    shapes: HeaderShapes,
+    skeleton: Skeleton,
+    device: str,
+    data: Sequence[SourceData] = (),  # of each source, where all were read
 ) -> Estimate:
     counts = {
         name: prod(_coefficient_shape(name, skeleton, settings, shapes)) * len(plan.sources)
         for name in shapes.names()
     }
     trained = {n for n, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
-    positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
-    length = min(settings.max_length, positions or settings.max_length)
-    tokens = settings.batch_size * len(plan.teachers) * length
+    rows = _tokens(plan, settings, data)
     dtype = _compute_dtype(settings, device)
-    trusted = plan.options.trust_remote_code
-    found = needs(plan.model_config, skeleton, dtype, tokens, trust_remote_code=trusted)
+    text = plan.model_config.get_text_config()
+    found = needs(
+        plan.model_config,
+        skeleton,
+        dtype,
+        rows,
+        settings.objective,
+        sum(counts[name] for name in trained),
+        trust_remote_code=plan.options.trust_remote_code,
+    )
+    is_kept = settings.teacher == "cached"
+    states = sum(len(row) for own in data for row in own.train) * text.hidden_size * dtype.itemsize
     return Estimate(
         sources=len(plan.teachers),
         has_base=plan.has_base,
@@ -83,11 +102,24 @@ def estimate(
         coefficients=sum(counts.values()),
         trained=sum(counts[name] for name in trained),
         weights=shapes.bytes(),
-        tokens=tokens,
+        tokens=sum(rows),
         step={mode: found.of(mode) for mode in get_args(Recompute)},
-        seconds=_seconds(found, plan.model_config.get_text_config().hidden_size, dtype, device),
+        seconds=step_seconds(found, text.hidden_size, len(plan.sources), dtype, device),
         file=4 * sum(counts.values()),
+        # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
+        checkpoints=int(8 * sum(counts[n] for n in trained) * (3 + 2 / len(plan.sources))),
+        states=states if is_kept else 0,
+        place=place(settings, device, found, shapes.bytes(), len(plan.sources)),
     )
+
+
+def _tokens(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[int]:
+    """Of a step, for each source: of its longest rows, or of those that settings and model take."""
+    if len(data) == len(plan.teachers):
+        return longest_step(settings, data)
+    positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
+    length = min(settings.max_length, positions or settings.max_length)
+    return [settings.batch_size * length] * len(plan.teachers)
 
 
 def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Iterator[str]:
@@ -126,17 +158,3 @@ def _compute_dtype(settings: Settings, device: str) -> torch.dtype:
     if settings.compute_dtype != "auto":
         return getattr(torch, settings.compute_dtype)
     return torch.float32 if device == "cpu" else torch.bfloat16
-
-
-def _seconds(found: Needs, width: int, dtype: torch.dtype, device: str) -> float:
-    """Five forward passes' worth of matrix products (merge, teachers, recomputation, two backward)
-    at the speed of a product of the model's width here."""
-    rows = 512
-    a, b = torch.rand(rows, width, dtype=dtype, device=device), torch.eye(width).to(device, dtype)
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        (a @ b).sum().item()
-        times.append(time.perf_counter() - start)
-    speed = 2 * rows * width**2 / min(times)
-    return 5 * 2 * found.tokens * found.weights / dtype.itemsize / speed

@@ -21,7 +21,7 @@ from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.data_settings import EVERY
 from mergekit_dam.config.recipe import data_entries, match_reference
-from mergekit_dam.data import benchmark_warning, is_missing
+from mergekit_dam.data import SourceData, benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.rows import generation, load_source_data
@@ -79,16 +79,16 @@ def check(
         problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         problems += _collect(file_problems(coefficients, settings, recipe.merge, plan, shapes))
-    previews = []
+    data, previews = [], []
     if in_full and settings is not None:
-        previews = list(_previews(settings, plan, coefficients or "", problems))
+        previews = list(_previews(settings, plan, coefficients or "", problems, data))
     result = None
     if will_fit and not problems:
         try:
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
             if in_full:
-                found = estimate(plan, settings, shapes, skeleton, choose_device(device))
+                found = estimate(plan, settings, shapes, skeleton, choose_device(device), data)
                 result = Outlook(found, tuple(previews))
         except DamError as error:
             problems.append(error.message)
@@ -148,9 +148,11 @@ def _is_under(path: str, folder: str) -> bool:
     return Path(folder).resolve() in Path(path).resolve().parents
 
 
-def _previews(settings: Settings, plan: Plan, out: str, problems: list[str]) -> Iterator[str]:
-    """Each source's rows for a fit into the file `out`; data that are there and cannot be read as
-    rows are problems."""
+def _previews(
+    settings: Settings, plan: Plan, out: str, problems: list[str], read: list[SourceData]
+) -> Iterator[str]:
+    """Each source's rows for a fit into the file `out`, which are added to `read`; data that are
+    there and cannot be read as rows are `problems`."""
     entries = data_entries(settings, plan.teachers)
     for source in plan.teachers:
         entry = entries.get(source)
@@ -161,8 +163,8 @@ def _previews(settings: Settings, plan: Plan, out: str, problems: list[str]) -> 
             if written and not written.path.exists():
                 yield str(written)
                 continue
-            data = load_source_data(source, settings, plan, out)
-            yield preview(str(source), data, plan.tokenizer)
+            read.append(load_source_data(source, settings, plan, out))
+            yield preview(str(source), read[-1], plan.tokenizer)
         except DamError as error:
             problems.append(error.message)
 

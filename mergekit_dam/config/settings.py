@@ -112,7 +112,8 @@ class Settings(Block):
     start: str | None = Field(
         None,
         description="where the coefficients begin: `least_squares` (layer by layer, nearest to the "
-        "sources' own outputs), `average`, `weights` (the YAML's), or the path of a coefficient "
+        "sources' own outputs, from the average, or with `steps: 0` from a base that is a source), "
+        "`average`, `weights` (the YAML's), or the path of a coefficient "
         "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
     )
     calibration: int = Field(

@@ -8,64 +8,104 @@ import torch
 from transformers import PretrainedConfig
 
 from mergekit_dam.config import Settings
+from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.chunks import CHUNK
+from mergekit_dam.fit.chunks import slices
 from mergekit_dam.model import Offload, Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.plan import Plan
 
 # What `auto` lets take of the free memory: a step, and the sources.
 STEP = 0.5
-COPIES = 9  # of a chunk's logits in the losses of merge and source, and in their gradients
 SOURCES = 0.7
+# Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
+# log-probabilities of merge and source, and their distance and two steps of its gradient.
+COPIES = {"kl": (5, 2), "reverse_kl": (5, 2), "jsd": (7, 3), "mse": (1, 0), "entropy": (3, 1)}
 
 
 @dataclass(frozen=True)
 class Needs:
-    """Of a step, in bytes, without the sources."""
+    """Of a step, in bytes, without the sources. Which tensors live at a peak was found by listing
+    them (docs/performance.md)."""
 
     tokens: int  # of all sources' rows
     kept: Activations  # for each token
-    weights: int  # of the merged model
-    block: int  # of its largest block
-    head: int = 0  # the head's weights and their gradients
-    logits: int = 0  # those of a chunk of tokens, in float32
+    states: int  # the final hidden states of the tokens
+    blocks: int  # the merged weights of all blocks but embedding and head
+    block: int  # of the largest of them
+    matrix: int  # its largest tensor
+    head: int = 0  # the head's merged weights, and their gradients in float32
+    losses: int = 0  # of a chunk of tokens, from the logits to their gradients
+    coefficients: int = 0  # their gradients, and their products in the terms that compare them
+    parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
-        """The peak: while the head's losses are computed, or a block's gradients."""
+        """The peak: while the head's losses are computed, or gradients of a block's weights."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
-        again = self.tokens * self.kept.largest if recompute == "block" else 0
-        held = self.weights if recompute == "none" else 0
-        return int(kept + held + max(self.head + COPIES * self.logits, again + 3 * self.block))
+        held = self.blocks if recompute == "none" else 0
+        at_head = self.head + self.losses + 3 * self.states
+        return int(kept + held + self.coefficients + max(at_head, self._in_a_block(recompute)))
+
+    def _in_a_block(self, recompute: Recompute) -> float:
+        largest, passing = self.tokens * self.kept.largest, 2 * self.tokens * self.kept.widest
+        if recompute == "block":  # a weight goes when its gradient comes
+            return largest + passing + self.block + self.matrix
+        if recompute == "weights":  # made again, they stay until all their gradients are there
+            return passing + 2 * self.block - largest
+        return self.matrix
 
 
 def needs(
     config: PretrainedConfig,
     skeleton: Skeleton,
     dtype: torch.dtype,
-    tokens: int,
+    rows: Sequence[int],  # of each source, the tokens of a step
+    objective: Objective,
+    coefficients: int = 0,  # how many are trained
     *,
     trust_remote_code: bool = False,
 ) -> Needs:
-    sizes = [
-        sum(parameter.numel() for parameter in block.parameters()) for _, block in skeleton.blocks()
-    ]
+    model = skeleton.model  # what its ends take, the losses between them take more
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    own = [block for _, block in skeleton.blocks() if not any(block is end for end in ends)]
+    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in own]
     text = config.get_text_config()
     vocabulary, width = text.vocab_size, text.hidden_size
+    largest = own[sizes.index(max(sizes))]
     return Needs(
-        tokens=tokens,
+        tokens=sum(rows),
         kept=measure(config, dtype, trust_remote_code=trust_remote_code),
-        weights=sum(sizes) * dtype.itemsize,
+        states=sum(rows) * width * dtype.itemsize,
+        blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
-        head=vocabulary * width * (2 * dtype.itemsize + 4),
-        logits=4 * min(tokens * vocabulary, CHUNK),
+        matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
+        head=vocabulary * width * (dtype.itemsize + 4),
+        losses=_longest_chunk(max(rows), vocabulary) * vocabulary * _of_a_logit(objective, dtype),
+        coefficients=3 * 4 * coefficients,
+        parameters=sum(sizes) + vocabulary * width,
     )
 
 
-def longest_step(settings: Settings, data: Sequence[SourceData]) -> int:
-    """Tokens of a step whose rows are the longest."""
-    return settings.batch_size * sum(max(len(row) for row in own.train) for own in data)
+def _longest_chunk(tokens: int, vocabulary: int) -> int:
+    chunk = next(slices(tokens, vocabulary))
+    return chunk.stop - chunk.start
+
+
+def _of_a_logit(objective: Objective, dtype: torch.dtype) -> int:
+    """Bytes for each number of a chunk's logits while their gradients are computed: the merge's
+    and the source's, and what the terms make of them in float32. The last term is differentiated
+    first."""
+    most, kept = 0, 0
+    for name, (working, saved) in COPIES.items():
+        if getattr(objective, name):
+            most, kept = max(most, kept + working), kept + saved
+    return 2 * dtype.itemsize + 4 * most if most else 0
+
+
+def longest_step(settings: Settings, data: Sequence[SourceData]) -> list[int]:
+    """For each source, the tokens of a step whose rows are the longest."""
+    return [settings.batch_size * max(len(row) for row in own.train) for own in data]
 
 
 def choose_recompute(settings: Settings, found: Needs, free: int) -> tuple[Recompute, str]:
@@ -97,6 +137,44 @@ def choose_offload(
     if where == "GPU" and sources <= SOURCES * host:
         return "cpu", f"offload: cpu, since {told}; {size(host)} are free in host memory"
     return "disk", f"offload: disk, since {told}"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a fit keeps what it needs; bytes."""
+
+    device: str
+    recompute: Recompute
+    offload: Offload
+    taken: int  # on the device
+    mapped: int  # files of the sources that are read where they lie, through the page cache
+    host: int  # beside a GPU
+
+    def __str__(self) -> str:
+        host = f", and {size(self.host)} of host memory" if self.host else ""
+        mapped = f", beside {size(self.mapped)} of mapped files" if self.mapped else ""
+        return (
+            f"on {self.device}: recompute: {self.recompute}, offload: {self.offload}, takes "
+            f"{size(self.taken)}{mapped}{host}"
+        )
+
+
+def place(settings: Settings, device: str, found: Needs, sources: int, count: int) -> Place:
+    """What a fit will choose here, with `count` sources of so many bytes together."""
+    free, host = free_memory(device), free_memory("cpu")
+    offload, _ = choose_offload(settings, device, sources, free, host)
+    is_cuda = torch.device(device).type == "cuda"
+    blocks = {"none": sources, "cpu": 2 * count * found.block, "disk": count * found.block}
+    there = blocks[offload] if is_cuda or offload == "disk" else 0
+    recompute, _ = choose_recompute(settings, found, free - there)
+    return Place(
+        device=device,
+        recompute=recompute,
+        offload=offload,
+        taken=there + found.of(recompute),
+        mapped=0 if is_cuda or offload == "disk" else sources,
+        host=sources if is_cuda and offload == "cpu" else 0,
+    )
 
 
 def size_of_sources(plan: Plan, settings: Settings) -> int:

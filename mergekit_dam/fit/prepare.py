@@ -16,6 +16,7 @@ from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
 from mergekit_dam.fit.memory import (
+    Needs,
     choose_offload,
     choose_recompute,
     free_memory,
@@ -44,6 +45,7 @@ class Fit:
     data: list[SourceData]
     identity: dict[str, Any]  # see `resume.identity`
     header: files.Header  # without results
+    needs: Needs  # of a step
 
 
 def prepare(
@@ -92,28 +94,26 @@ def prepare(
         dtype=dtype,
         trust_remote_code=options.trust_remote_code,
     )
+    coefficients = start(plan, skeleton, weights, settings)
+    trained = trained_tensors(skeleton, settings)
     found = needs(
         plan.model_config,
         skeleton,
         dtype,
         longest_step(settings, data),
+        settings.objective,
+        sum(c.numel() for name, c in coefficients.items() if name in trained),
         trust_remote_code=options.trust_remote_code,
     )
-    merged = MergedModel(
-        skeleton,
-        weights,
-        start(plan, skeleton, weights, settings),
-        trained_tensors(skeleton, settings),
-        dtype,
-        own_models(recipe, plan, dtype, device, offload),
-    ).to(device)
+    teachers = own_models(recipe, plan, dtype, device, offload)
+    merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
     merged.recompute, told = choose_recompute(settings, found, free_memory(device))
     require_memory(found.of(merged.recompute), free_memory(device), settings, device)
     _say(told, options)
     header = _header(recipe, settings, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
-    return Fit(settings, plan, merged, data, same, header)
+    return Fit(settings, plan, merged, data, same, header, found)
 
 
 def _say(sentence: str, options: MergeOptions) -> None:

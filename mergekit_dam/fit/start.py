@@ -24,15 +24,17 @@ def choose_start(settings: Settings, plan: Plan) -> str:
     squares, unless layers have no counterparts (docs/experiments.md has the measurements)."""
     if settings.start is not None:
         return settings.start
-    if any("weight" in given for given in _given_parameters(plan)):
+    if _has_weights(plan):
         return "weights"
     return "least_squares" if first_of_another_layout(plan) is None else "average"
 
 
-def _given_parameters(plan: Plan) -> Iterator[set[str]]:
-    for output in plan.tensors.values():
-        for values in output.input_parameters.values():
-            yield {name for name, value in values.items() if value is not None}
+def _has_weights(plan: Plan) -> bool:
+    return any(
+        values.get("weight") is not None
+        for output in plan.tensors.values()
+        for values in output.input_parameters.values()
+    )
 
 
 def first_of_another_layout(plan: Plan) -> ModelReference | None:
@@ -65,11 +67,20 @@ def start(
     """Output tensor -> coefficients [N, *B]; `least_squares` goes on from the ones made here.
 
     Equal in each tensor, one number for each source, unless they are another fit's. A source
-    without an optional tensor has zeros there, and keeps them.
+    without an optional tensor has zeros there, and keeps them. Least squares without steps after it
+    begins at the base, where that is a source.
     """
     result = {}
     chosen = choose_start(settings, plan)
     file = None if chosen in STARTS else open_file(chosen)
+    # What is nearest to the base is better as it is; what is nearest to the average is the better
+    # place for a fit to begin (docs/experiments.md).
+    is_from_base = (
+        chosen == "least_squares"
+        and settings.max_steps == 0
+        and plan.has_base
+        and not _has_weights(plan)
+    )
     for name in weights.names():
         stack = weights[name]
         shape = _shape(name, stack, skeleton, settings)
@@ -79,7 +90,10 @@ def start(
         rows = stack.rows[: stack.teachers]
         given = starting_weights(plan, name, rows, settings, ignored=chosen == "average")
         values = torch.zeros(len(plan.sources))  # of a base that teaches nothing, too
-        values[list(rows)] = torch.tensor(given)
+        if is_from_base and len(stack.rows) > len(rows):
+            values[-1] = 1.0
+        else:
+            values[list(rows)] = torch.tensor(given)
         result[name] = values.reshape(-1, *[1] * len(shape)).expand(-1, *shape).clone()
     return result
 

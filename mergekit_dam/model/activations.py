@@ -24,6 +24,7 @@ class Activations:
     all: float  # what autograd keeps of the whole model, but for its weights
     largest: float  # of the block that keeps most
     inputs: float  # of all blocks
+    widest: float  # the largest tensor of those that are kept
 
 
 def measure(
@@ -78,7 +79,8 @@ def _measure(model: nn.Module) -> Activations:
         block.register_forward_hook(after)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
-    return Activations(size() / TOKENS, max(blocks) / TOKENS, inputs / TOKENS)
+    widest = max(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return Activations(*(n / TOKENS for n in (size(), max(blocks), inputs, widest)))
 
 
 def _storage(tensor: Tensor) -> int:
@@ -88,5 +90,8 @@ def _storage(tensor: Tensor) -> int:
 def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    layer = (12 * width + 4 * inner) * dtype.itemsize
-    return Activations(layers * layer, layer, layers * width * dtype.itemsize)
+    wide = max(inner, width)
+    layer, inputs, widest = (
+        n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, wide)
+    )
+    return Activations(layers * layer, layer, inputs, widest)

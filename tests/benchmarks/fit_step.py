@@ -1,6 +1,6 @@
 """A step of the fit against a plain training step of one model of the same shape.
 
-    python -m tests.benchmarks.fit_step [--shape cpu|7b] [--sources 3] [--repeat 5]
+    python -m tests.benchmarks.fit_step [--shape small|cpu|7b] [--sources 3] [--repeat 5]
 
 Random models are made and saved in a temporary folder. Plain steps (forward, backward to weights
 and activations) and fit steps run alternately in this process.
@@ -29,6 +29,10 @@ from tests.benchmarks.measuring import Peak, alternate, machine, table
 
 SHAPES = {
     "tiny": transformers.LlamaConfig(**tiny.SIZES),
+    "small": transformers.LlamaConfig(
+        hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=4096, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    ),
     "cpu": transformers.LlamaConfig(  # 90 million parameters
         hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=12,
         num_key_value_heads=12, vocab_size=12288, pad_token_id=0, bos_token_id=1, eos_token_id=2,
@@ -44,33 +48,39 @@ PLAIN = "plain training step"
 @click.command()
 @click.option("--shape", type=click.Choice(list(SHAPES)), default="cpu")
 @click.option("--sources", default=3)
+@click.option("--base", is_flag=True, help="a base as one more source, which teaches nothing")
 @click.option("--rows", default=1, help="rows of each source in a step")
 @click.option("--length", default=256, help="tokens of a row")
 @click.option("--repeat", default=5)
 @click.option("--device", default=None)
 @click.option("--offload", multiple=True, default=("none", "disk"))
 @click.option("--cap", type=float, help="GB of the GPU that may be used")
-def main(shape, sources, rows, length, repeat, device, offload, cap) -> None:
+def main(shape, sources, base, rows, length, repeat, device, offload, cap) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cap and device != "cpu":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
     config, dtype = SHAPES[shape], torch.float32 if device == "cpu" else torch.bfloat16
-    print(f"{machine(device)}; {sources} x {rows} rows of {length} tokens, {dtype}")
+    others = " and a base" if base else ""
+    print(f"{machine(device)}; {sources} x {rows} rows of {length} tokens{others}, {dtype}")
     with tempfile.TemporaryDirectory() as folder:
         models = [save(Path(folder) / f"m{n}", config, n, dtype) for n in range(sources)]
+        origin = save(Path(folder) / "base", config, sources, dtype) if base else None
         ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
         steps = {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
+        predicted = {}
         for own in _settings(offload):
             name = ", ".join(f"{key}: {value}" for key, value in own.items())
-            steps[name] = _fit_step(Path(folder), models, ids, dtype, device, own)
+            steps[name], predicted[name] = _fit_step(
+                Path(folder), models, origin, ids, dtype, device, own
+            )
         peaks = {}
         for name, step in steps.items():
             step()
             with Peak(device) as peak:
                 step()
             peaks[name] = peak.most
-        print(table(alternate(steps, repeat, device), peaks, PLAIN))
+        print(table(alternate(steps, repeat, device), peaks, PLAIN, predicted))
 
 
 def _settings(offload: Iterable[str]) -> Iterator[dict[str, str]]:
@@ -99,13 +109,18 @@ def _plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str
     return step
 
 
-def _fit_step(folder: Path, models, ids, dtype: torch.dtype, device: str, own: dict):
+def _fit_step(folder: Path, models, base, ids, dtype: torch.dtype, device: str, own: dict):
     document = {
         "merge_method": "dam",
         "models": [{"model": str(model)} for model in models],
+        **({"base_model": str(base)} if base else {}),
         "parameters": {"coefficients": str(folder / "dam.safetensors")},
         "dtype": str(dtype).removeprefix("torch."),
-        "dam": {"data": [{"source": str(m), "path": "unused.txt"} for m in models], **own},
+        "dam": {
+            "data": [{"source": str(m), "path": "unused.txt"} for m in models],
+            "batch_size": len(ids[0]),
+            **own,
+        },
     }
     (folder / "config.yml").write_text(yaml.safe_dump(document), encoding="utf-8")
     data = [SourceData([Row(row) for row in rows.tolist()], []) for rows in ids]
@@ -125,7 +140,7 @@ def _fit_step(folder: Path, models, ids, dtype: torch.dtype, device: str, own: d
         distillation(**inputs)["loss"].backward()
         distillation.zero_grad()
 
-    return step
+    return step, fit.needs.of(own["recompute"])
 
 
 if __name__ == "__main__":

@@ -6,10 +6,13 @@ import platform
 import statistics
 import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], None]
 
@@ -48,6 +51,38 @@ class Peak:
             self._watch.join()
 
 
+class Live(TorchDispatchMode):
+    """The most bytes that tensors made inside of this context have together, exactly: without an
+    allocator's rounding and what it keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self._now, self._sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        result = operation(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self._now += storage.nbytes()
+            self.most = max(self.most, self._now)
+            weakref.finalize(storage, self._uncount, key)
+
+    def _uncount(self, key: int) -> None:
+        self._now -= self._sizes.pop(key)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def _resident() -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
@@ -72,15 +107,25 @@ def _synchronise(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def table(seconds: Mapping[str, list[float]], peaks: Mapping[str, int], first: str) -> str:
+def table(
+    seconds: Mapping[str, list[float]],
+    peaks: Mapping[str, int],
+    first: str,
+    predicted: Mapping[str, int] | None = None,  # peaks
+) -> str:
     """A Markdown table; ratios are medians of the ratios within each round."""
-    lines = ["| | seconds, median | ratio to the first | peak memory, MB |", "|---|---:|---:|---:|"]
+    columns = ["", "seconds, median", "ratio to the first", "peak memory, MB"]
+    columns += [] if predicted is None else ["predicted, MB"]
+    lines = [columns, ["---", *["---:"] * (len(columns) - 1)]]
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds[first], strict=True))
-        lines.append(
-            f"| {name} | {statistics.median(own):.3g} | {ratio:.2f} | {peaks[name] / 1e6:.0f} |"
-        )
-    return "\n".join(lines)
+        line = [name, f"{statistics.median(own):.3g}", f"{ratio:.2f}", _megabytes(peaks[name])]
+        lines.append(line if predicted is None else [*line, _megabytes(predicted.get(name))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _megabytes(count: int | None) -> str:
+    return "" if count is None else f"{count / 1e6:.0f}"
 
 
 def machine(device: str) -> str:
