@@ -12,12 +12,12 @@ from mergekit.options import MergeOptions
 from torch import Tensor
 
 import mergekit_dam
-from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.coefficients import CoefficientFile, Header
 from mergekit_dam.config import Settings
 from mergekit_dam.config.recipe import parse_document, read_documents
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.start import prepare_as, starting_weights
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.plan import Plan, plan_merge
 from mergekit_dam.sources import describe
 from mergekit_dam.task_vectors import Sparsify

@@ -77,8 +77,10 @@ def _kernels(device: torch.device) -> ModuleType | None:
     """The same in one pass on a GPU; None where plain torch serves."""
     if device.type != "cuda" or find_spec("triton") is None:
         return None
-    from mergekit_dam import kernels  # needs Triton
-
+    try:
+        from mergekit_dam import kernels  # needs Triton
+    except ImportError:  # or one that is whole
+        return None
     return kernels if kernels.works(device) else None
 
 

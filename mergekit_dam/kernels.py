@@ -10,6 +10,7 @@ Imported only where there is a GPU and Triton, and in tests, by Triton's interpr
 import functools
 import logging
 import math
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,9 +19,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 1024  # numbers that a program works on at once: eight a thread, one load of 16-bit numbers
-CONTIGUOUS = 256  # of them, along the axis whose numbers lie side by side
-STEPS = 16  # tiles that a program of the gradient sums up
+# Numbers that a program works on at once, of a merged weight and of a sum for each source; along
+# the axis whose numbers lie side by side, so many of them.
+MERGED, SUMMED, SIDE = 4096, 1024, 256
+STEPS = 16  # tiles that a program of the gradient sums up, at most,
+PROGRAMS = 2048  # but so few that there are as many programs, to fill a GPU
+TOGETHER = 8  # sources whose sums fit into registers
 OPTIONS = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
 LOG = logging.getLogger(__name__)
 
@@ -62,25 +66,32 @@ def _gradient_kernel(
     COUNT: tl.constexpr, WIDE: tl.constexpr,
     TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the summed axis, for every source in turn: after the first, the chunk of the
-    outer gradient comes out of the cache."""
+    """One chunk of the summed axis, tile by tile, a sum for each source in registers."""
     program = tl.program_id(0).to(tl.int64)
     chunk = program % chunks
     program = program // chunks
     k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
     e = program // tiles_kept
-    for i in tl.static_range(COUNT):
-        total = tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE)
-        for tile in range(TILES):
-            m = (chunk * TILES + tile) * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
-            at = e * stack_stride + m[:, None] * summed_stride + k[None, :] * kept_stride
-            inside = (m < summed)[:, None] & (k < kept)[None, :]
+    totals = ()
+    for _ in tl.static_range(COUNT):
+        totals = totals + (tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE),)  # noqa: RUF005  for Triton
+    for tile in range(TILES):
+        m = (chunk * TILES + tile) * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
+        at = e * stack_stride + m[:, None] * summed_stride + k[None, :] * kept_stride
+        inside = (m < summed)[:, None] & (k < kept)[None, :]
+        slope = tl.load(outer + at, inside, 0.0).to(WIDE)
+        if base is not None:
+            origin = tl.load(base + at, inside, 0.0).to(WIDE)
+        grown = ()
+        for i in tl.static_range(COUNT):
             part = tl.load(sources[i] + at, inside, 0.0).to(WIDE)
             if base is not None:
-                part -= tl.load(base + at, inside, 0.0).to(WIDE)
-            total += part * tl.load(outer + at, inside, 0.0).to(WIDE)
+                part -= origin
+            grown = grown + (totals[i] + part * slope,)  # noqa: RUF005
+        totals = grown
+    for i in tl.static_range(COUNT):
         place = ((chunk * COUNT + i) * stack + e) * kept + k
-        tl.store(partial + place, tl.sum(total, 0), k < kept)
+        tl.store(partial + place, tl.sum(totals[i], 0), k < kept)
 
 
 def combine(
@@ -92,12 +103,11 @@ def combine(
     prepared: bool,
 ) -> Tensor:  # S
     """As `formula.combine` does, to the rounding of sums in another order."""
-    shape, layout = (
-        tuple(sources[0].shape),
-        _layout(tuple(sources[0].shape), tuple(coefficients.shape[1:])),
-    )
-    wide = torch.promote_types(torch.float32, sources[0].dtype)
+    shape = tuple(sources[0].shape)
+    layout = _layout(shape, tuple(coefficients.shape[1:]), MERGED)
     merged = torch.empty(shape, dtype=dtype, device=sources[0].device)
+    if not merged.numel():
+        return merged
     with torch.cuda.device_of(merged):
         _combine_kernel[(layout.stack * layout.tiles_kept * layout.tiles_summed,)](
             merged,
@@ -106,7 +116,7 @@ def combine(
             None if base is None else base.contiguous(),
             layout.stack, layout.kept, layout.summed, layout.tiles_kept, layout.tiles_summed,
             *layout.strides,
-            COUNT=len(sources), PREPARED=prepared, WIDE=_WIDE[wide],
+            COUNT=len(sources), PREPARED=prepared, WIDE=_WIDE[_wide(sources)],
             TILE_SUMMED=layout.tile[0], TILE_KEPT=layout.tile[1], **OPTIONS,
         )  # fmt: skip
     return merged
@@ -119,32 +129,45 @@ def gradient(
     shape: Sequence[int],  # [N, *B]
 ) -> Tensor:  # [N, *B], float32, or float64 for float64 sources
     """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i; the same at each call."""
-    layout = _layout(tuple(outer.shape), tuple(shape[1:]))
-    steps = min(STEPS, layout.tiles_summed)
-    chunks = -(-layout.tiles_summed // steps)
-    wide = torch.promote_types(torch.float32, sources[0].dtype)
-    partial = torch.empty(
-        (chunks, len(sources), layout.stack * layout.kept), dtype=wide, device=outer.device
-    )
-    with torch.cuda.device_of(outer):
-        _gradient_kernel[(layout.stack * layout.tiles_kept * chunks,)](
-            partial,
-            outer.contiguous(),
-            tuple(source.contiguous() for source in sources),
-            None if subtracted is None else subtracted.contiguous(),
-            layout.stack, layout.kept, layout.summed, layout.tiles_kept, chunks,
-            *layout.strides,
-            COUNT=len(sources), WIDE=_WIDE[wide],
-            TILE_SUMMED=layout.tile[0], TILE_KEPT=layout.tile[1], TILES=steps, **OPTIONS,
-        )  # fmt: skip
-    total = partial.sum(0)
+    if not outer.numel():
+        return torch.zeros(tuple(shape), dtype=_wide(sources), device=outer.device)
+    layout = _layout(tuple(outer.shape), tuple(shape[1:]), SUMMED)
+    groups = [sources[start : start + TOGETHER] for start in range(0, len(sources), TOGETHER)]
+    total = torch.cat([_sums(outer.contiguous(), group, subtracted, layout) for group in groups])
     if layout.is_expanded:
         total = total.reshape(len(sources), *outer.shape)
         total = total.sum_to_size((len(sources), *_padded(shape[1:], outer.shape)))
     return total.reshape(tuple(shape))
 
 
+def _sums(
+    outer: Tensor, sources: Sequence[Tensor], subtracted: Tensor | None, layout: "_Layout"
+) -> Tensor:  # [n, stack * kept]
+    """Of a few sources: each program's own, which are then added up."""
+    programs = layout.stack * layout.tiles_kept * layout.tiles_summed // PROGRAMS
+    steps = max(1, min(STEPS, layout.tiles_summed, programs))
+    chunks = -(-layout.tiles_summed // steps)
+    size = (chunks, len(sources), layout.stack * layout.kept)
+    partial = torch.empty(size, dtype=_wide(sources), device=outer.device)
+    with torch.cuda.device_of(outer):
+        _gradient_kernel[(layout.stack * layout.tiles_kept * chunks,)](
+            partial,
+            outer,
+            tuple(source.contiguous() for source in sources),
+            None if subtracted is None else subtracted.contiguous(),
+            layout.stack, layout.kept, layout.summed, layout.tiles_kept, chunks,
+            *layout.strides,
+            COUNT=len(sources), WIDE=_WIDE[_wide(sources)],
+            TILE_SUMMED=layout.tile[0], TILE_KEPT=layout.tile[1], TILES=steps, **OPTIONS,
+        )  # fmt: skip
+    return partial.sum(0) if chunks > 1 else partial[0]
+
+
 _WIDE = {torch.float32: tl.float32, torch.float64: tl.float64}
+
+
+def _wide(sources: Sequence[Tensor]) -> torch.dtype:
+    return torch.promote_types(torch.float32, sources[0].dtype)
 
 
 @dataclass(frozen=True)
@@ -155,15 +178,16 @@ class _Layout:
     kept: int
     summed: int
     strides: tuple[int, int, int]
+    numbers: int  # in a tile
     is_expanded: bool = False  # to a coefficient for each number
 
     @property
     def tile(self) -> tuple[int, int]:  # summed, kept
         if self.strides[1] == 1 and self.kept > 1:
-            kept = min(CONTIGUOUS if self.summed > 1 else TILE, _power_of_2(self.kept))
-            return min(TILE // kept, _power_of_2(self.summed)), kept
-        summed = min(CONTIGUOUS if self.kept > 1 else TILE, _power_of_2(self.summed))
-        return summed, min(TILE // summed, _power_of_2(self.kept))
+            kept = min(SIDE if self.summed > 1 else self.numbers, _power_of_2(self.kept))
+            return min(self.numbers // kept, _power_of_2(self.summed)), kept
+        summed = min(SIDE if self.kept > 1 else self.numbers, _power_of_2(self.summed))
+        return summed, min(self.numbers // summed, _power_of_2(self.kept))
 
     @property
     def tiles_kept(self) -> int:
@@ -179,20 +203,20 @@ def _power_of_2(number: int) -> int:
 
 
 @functools.cache
-def _layout(shape: tuple[int, ...], broadcast: tuple[int, ...]) -> _Layout:
+def _layout(shape: tuple[int, ...], broadcast: tuple[int, ...], numbers: int) -> _Layout:
     """Of a contiguous tensor of a shape S, with coefficients [*B]."""
     count = math.prod(shape)
     broadcast = _padded(broadcast, shape)
     if all(size == 1 for size in broadcast):
-        return _Layout(1, 1, count, (0, 0, 1))
+        return _Layout(1, 1, count, (0, 0, 1), numbers)
     if len(shape) > 1 and broadcast[:-2] == tuple(shape[:-2]):
         rows, columns = shape[-2:]
         stack = math.prod(shape[:-2])
         if broadcast[-2:] == (1, columns):
-            return _Layout(stack, columns, rows, (rows * columns, 1, columns))
+            return _Layout(stack, columns, rows, (rows * columns, 1, columns), numbers)
         if broadcast[-2:] == (rows, 1):
-            return _Layout(stack, rows, columns, (rows * columns, columns, 1))
-    return _Layout(1, count, 1, (0, 1, 0), is_expanded=True)
+            return _Layout(stack, rows, columns, (rows * columns, columns, 1), numbers)
+    return _Layout(1, count, 1, (0, 1, 0), numbers, is_expanded=True)
 
 
 def _padded(broadcast: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
@@ -206,31 +230,49 @@ def _coefficients(coefficients: Tensor, layout: _Layout, shape: Sequence[int]) -
     return coefficients.contiguous()
 
 
+def works(device: torch.device) -> bool:
+    """Whether the kernels compile there and compute what they should, tried once in a process.
+    Where they do not (a machine without a C compiler, say), says so, and plain torch serves."""
+    with _TRYING:  # mergekit merges in several threads
+        return _works(device)
+
+
+_TRYING = threading.Lock()
+
+
 @functools.cache
 @torch.no_grad()
-def works(device: torch.device) -> bool:
-    """Whether the kernels compile there and compute what they should, once for a process. Where
-    they do not (a machine without a C compiler, say), says so, and plain torch serves."""
+def _works(device: torch.device) -> bool:
     try:
-        right = all(_is_right(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-        reason = "they compute something else than plain torch"
+        right = all(
+            _is_right(device, dtype, broadcast)
+            for dtype in (torch.float32, torch.bfloat16)
+            for broadcast in ((1, 300), (70, 1))
+        )
+        reason = "they compute something else than PyTorch"
     except Exception as error:  # whatever a compiler or driver may raise
         right, reason = False, (str(error).strip() or type(error).__name__).splitlines()[0]
     if not right:
-        LOG.warning("Merged weights are made without kernels of their own (%s): slower.", reason)
+        LOG.warning(
+            "Triton's kernels for this GPU cannot be used (%s): plain PyTorch makes the merged "
+            "weights, slower and with more memory.",
+            reason,
+        )
     return right
 
 
-def _is_right(device: torch.device, dtype: torch.dtype) -> bool:
+def _is_right(device: torch.device, dtype: torch.dtype, broadcast: tuple[int, ...]) -> bool:
     generator = torch.Generator().manual_seed(0)
-    numbers = torch.randn((4, 70, 300), generator=generator).to(device, dtype)
-    outer, *sources = numbers
-    coefficients = torch.randn((3, 1, 300), generator=generator).to(device)
-    merged = combine(coefficients, sources, outer, torch.float32, prepared=False)
-    by_c = gradient(outer, sources, None, coefficients.shape)
+    # On the CPU whatever the default device is: mergekit sets one for each of several GPUs.
+    numbers = torch.randn((5, 70, 300), generator=generator, device="cpu").to(device, dtype)
+    base, outer, *sources = numbers
+    coefficients = torch.randn((3, *broadcast), generator=generator, device="cpu").to(device)
+    merged = combine(coefficients, sources, base, torch.float32, prepared=False)
+    by_c = gradient(outer, sources, base, coefficients.shape)
     numbers = numbers.double()
-    expected = numbers[0] + (coefficients * (numbers[1:] - numbers[0])).sum(0)
-    by_c_expected = (numbers[0] * numbers[1:]).sum(1, keepdim=True)
+    differences = numbers[2:] - numbers[0]
+    expected = numbers[0] + (coefficients * differences).sum(0)
+    by_c_expected = (numbers[1] * differences).sum_to_size(coefficients.shape)
     return torch.allclose(merged.double(), expected, atol=1e-4) and torch.allclose(
         by_c.double(), by_c_expected, atol=1e-3
     )

@@ -103,7 +103,8 @@ def prepare(
         seed = zlib.crc32(f"{preparation.seed} {row} {name}".encode())
         kept.append(_sparsify((source - base).cpu(), method, parameters, row, seed).float())
     deltas = torch.stack(kept)
-    weights = torch.tensor([parameters.weight[row] for row in rows])
+    # On the CPU whatever the default device is: mergekit sets one for each of several GPUs.
+    weights = torch.tensor([parameters.weight[row] for row in rows], device="cpu")
     weights = weights.reshape(-1, *(1,) * base.dim())
     if method.consensus_method is not None:
         mask = get_mask(deltas * weights, method=method.consensus_method.value)

@@ -15,27 +15,25 @@ from triton.compiler import ASTSource
 from mergekit_dam import kernels
 
 ALIGNED = [["tt.divisibility", 16]]
-LAYOUTS = {  # of bfloat16 tensors [4096, 11008]
-    "column": kernels._layout((4096, 11008), (1, 11008)),
-    "row": kernels._layout((4096, 11008), (4096, 1)),
-    "tensor": kernels._layout((4096, 11008), (1, 1)),
-}
+SHAPE = (4096, 11008)
+BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
+VARIANTS = [(3, "bf16", None), (8, "fp32", "*fp32")]  # sources, dtype, base
 
 
-def arguments(layout: kernels._Layout) -> dict:
+def arguments(layout: kernels._Layout, count: int, dtype: str, base: str | None) -> dict:
     own = {key: getattr(layout, key) for key in ("stack", "kept", "summed")}
     names = ("stack_stride", "kept_stride", "summed_stride")
     return own | {
-        "merged": "*bf16", "partial": "*fp32", "outer": "*bf16", "coefficients": "*fp32",
-        "sources": ("*bf16",) * 3, "base": None, "PREPARED": False, "COUNT": 3, "WIDE": tl.float32,
-        "tiles_kept": layout.tiles_kept, "tiles_summed": layout.tiles_summed, "chunks": 32,
-        "TILE_SUMMED": layout.tile[0], "TILE_KEPT": layout.tile[1], "TILES": kernels.STEPS,
+        "merged": f"*{dtype}", "partial": "*fp32", "outer": f"*{dtype}", "coefficients": "*fp32",
+        "sources": (f"*{dtype}",) * count, "base": base, "PREPARED": False, "COUNT": count,
+        "WIDE": tl.float32, "tiles_kept": layout.tiles_kept, "tiles_summed": layout.tiles_summed,
+        "chunks": 32, "TILE_SUMMED": layout.tile[0], "TILE_KEPT": layout.tile[1],
+        "TILES": kernels.STEPS,
     } | dict(zip(names, layout.strides, strict=True))  # fmt: skip
 
 
-def compiled(kernel: triton.JITFunction, layout: kernels._Layout, target: GPUTarget) -> str:
+def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:
     signature, constants, attributes = {}, {}, {}
-    given = arguments(layout)
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, given[parameter.name]
         if isinstance(value, tuple):
@@ -57,12 +55,18 @@ if __name__ == "__main__":
         {
             "capability": capability,
             "kernel": kernel.fn.__name__,
-            "layout": name,
+            "granularity": granularity,
+            "variant": variant,
             "loads": sorted(set(re.findall(r"ld\.global\.v\d+|ld\.local", ptx))),
         }
         for capability in sys.argv[1:]
-        for kernel in (kernels._combine_kernel, kernels._gradient_kernel)
-        for name, layout in LAYOUTS.items()
-        for ptx in [compiled(kernel, layout, GPUTarget("cuda", int(capability), 32))]
+        for kernel, numbers in (
+            (kernels._combine_kernel, kernels.MERGED),
+            (kernels._gradient_kernel, kernels.SUMMED),
+        )
+        for granularity, broadcast in BROADCASTS.items()
+        for variant in VARIANTS
+        for given in [arguments(kernels._layout(SHAPE, broadcast, numbers), *variant)]
+        for ptx in [compiled(kernel, given, GPUTarget("cuda", int(capability), 32))]
     ]
     print(json.dumps(found))

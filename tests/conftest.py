@@ -5,6 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+# The tests compute on the CPU, as a fork of a process that has seen a GPU cannot use it; those that
+# need one (test_cuda.py, test_kernels.py) run with MERGEKIT_DAM_GPU=1.
+if not os.environ.get("MERGEKIT_DAM_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gives

@@ -43,6 +43,6 @@ def test_a_process_takes_the_memory_that_was_predicted() -> None:
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "262144", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     rows = [line.split("|")[1:-1] for line in done.stdout.splitlines() if "recompute:" in line]
-    assert len(rows) == 7
+    assert len(rows) == 9
     for name, *_, peak, predicted in rows:
         assert float(peak) == pytest.approx(float(predicted), rel=0.15), name

@@ -5,13 +5,22 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
+from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
+from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.formula import combine
+from mergekit_dam.model import offload
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device, and MERGEKIT_DAM_GPU=1"
+)
 CLOSE = {"compute_dtype": "float32"}
 
 
@@ -37,12 +46,12 @@ def test_the_fit_is_that_of_a_cpu(recipe, models, tmp_path, start) -> None:
     close(*files, atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("offload", ["cpu", "disk"])
+@pytest.mark.parametrize("where", ["cpu", "disk"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_where_the_sources_live_changes_no_bit(recipe, models, tmp_path, offload, dtype) -> None:
+def test_where_the_sources_live_changes_no_bit(recipe, models, tmp_path, where, dtype) -> None:
     files = [
         fitted(recipe(models[:2], dtype=dtype, dam={"offload": place}), tmp_path / place, "cuda")
-        for place in ("none", offload)
+        for place in ("none", where)
     ]
     close(*files, atol=0, rtol=0)
 
@@ -62,3 +71,73 @@ def test_random_masks_are_those_of_a_cpu(recipe, models, tmp_path, sparsify) -> 
     ]
     for one, two in zip(*figures, strict=True):
         assert one.kl == pytest.approx(two.kl, rel=1e-3)
+
+
+def test_copies_that_come_late_are_waited_for(recipe, models, tmp_path, monkeypatch) -> None:
+    class Late(offload._Copy):
+        def __init__(self, chosen, device, stream):
+            with torch.cuda.stream(stream):
+                torch.cuda._sleep(20_000_000)
+            super().__init__(chosen, device, stream)
+
+    first = fitted(recipe(models[:2], dam={"offload": "none"}), tmp_path / "none", "cuda")
+    monkeypatch.setattr(offload, "_Copy", Late)
+    second = fitted(recipe(models[:2], dam={"offload": "cpu"}), tmp_path / "cpu", "cuda")
+    close(first, second, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("dam", [{"recompute": "weights"}, {"recompute": "none"}])
+def test_what_is_made_again_changes_no_bit(recipe, models, tmp_path, dam) -> None:
+    files = [
+        fitted(recipe(models[:2], dam=own), tmp_path / name, "cuda")
+        for name, own in (("block", {"recompute": "block"}), ("other", dam))
+    ]
+    close(*files, atol=0, rtol=0)
+
+
+def test_kept_teachers(recipe, models, tmp_path) -> None:
+    files = [
+        fitted(recipe(models[:2], dam={**CLOSE, "teacher": teacher}), tmp_path / teacher, "cuda")
+        for teacher in ("live", "cached")
+    ]
+    close(*files, atol=2e-3, rtol=1e-2)
+
+
+def test_float16_sources(recipe, models, tmp_path) -> None:
+    """Computed in bfloat16."""
+    path = recipe(models[:2], dtype="float16", dam={"steps": 20})
+    results = fitted(path, tmp_path / "out", "cuda").header.results
+    assert sum(f.kl for f in results.fit) < sum(f.kl for f in results.average)
+
+
+@pytest.mark.parametrize("mode", ["block", "weights", "none"])
+def test_a_step_takes_what_was_predicted(recipe, tmp_path, mode) -> None:
+    sizes = {"vocab_size": 8192, "hidden_size": 512, "intermediate_size": 1376}
+    config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes, "num_hidden_layers": 6})
+    large = tiny.save_models(tmp_path, config, 2, torch.bfloat16)
+    rows = [Row([number + 1] * 512) for number in range(2)]
+    data = [SourceData([row], [row]) for row in rows]
+    path = recipe(large, dtype="bfloat16", dam={"batch_size": 1, "recompute": mode})
+    found = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cuda", data=data)
+    step = Distillation(found.merged, found.settings.objective)
+    inputs = {key: value.cuda() for key, value in batch(rows, [0, 1]).items()}
+    for _ in range(2):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step(**inputs)["loss"].backward()
+        step.zero_grad()
+        taken = torch.cuda.max_memory_allocated() - before
+    assert found.needs.of(mode) == pytest.approx(taken, rel=0.15)
+
+
+def test_a_tensor_of_more_than_two_billion_numbers() -> None:
+    free, _ = torch.cuda.mem_get_info()
+    if free < 20 * 2**30:
+        pytest.skip("needs 20 GB")
+    source = torch.ones(2**20, 2**11 + 8, dtype=torch.bfloat16, device="cuda")
+    source[-1] = 3
+    c = torch.full((1, 1, source.shape[1]), 2.0, device="cuda", requires_grad=True)
+    merged = combine(c, [source])
+    assert merged[0].eq(2).all() and merged[-1].eq(6).all()
+    merged[-2:].sum().backward()
+    assert c.grad.eq(4).all()

@@ -62,23 +62,23 @@ def test_scenarios_are_seeded(driver, tmp_path):
 def test_the_driver_compares_collects_and_goes_on(driver, tmp_path, monkeypatch, capsys):
     everything = ["run.py", "--out", str(tmp_path), "--scenarios", "two", "--seeds", "0,1"]
     small = ["--search-rows", "4", "--evaluations", "3"]
-    monkeypatch.setattr(driver, "FITS", {"dam tenth": {"steps": 1}})
-    monkeypatch.setattr(driver, "ONLY", ("linear", "dam tenth"))
+    monkeypatch.setattr(driver, "FITS", {"dam short": {"steps": 1}})
+    monkeypatch.setattr(driver, "ONLY", ("linear", "dam short"))
     monkeypatch.setattr(sys, "argv", [*everything, *small])
     driver.main()
     page = (tmp_path / "tables.md").read_text()
     found = [
         records.read(tmp_path / f"two-{seed}" / "compared" / "results.json") for seed in (0, 1)
     ]
-    for name in ("linear", "dam tenth"):
+    for name in ("linear", "dam short"):
         kl = sum(records.mean(results.find(name), "kl") for results in found) / 2
         assert f"| {name} | {kl:.4f} ±" in page
     assert "2 seeds" in page and "| two |" in page
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [*everything, *small, "--again", "dam tenth"])
+    monkeypatch.setattr(sys, "argv", [*everything, *small, "--again", "dam short"])
     driver.main()
     said = capsys.readouterr().out
-    assert "two 0: dam tenth: KL" in said and "two 0: linear: KL" not in said
+    assert "two 0: dam short: KL" in said and "two 0: linear: KL" not in said
 
 
 def test_a_scenario_is_a_command(tmp_path):

@@ -41,7 +41,18 @@ def kernels():
     return importlib.import_module("mergekit_dam.kernels")
 
 
-def both(kernels, patch, shape, broadcast, name, dtype, out=None, is_strided=False, prepared=False):
+def both(
+    kernels,
+    patch,
+    shape,
+    broadcast,
+    name,
+    dtype,
+    out=None,
+    is_strided=False,
+    prepared=False,
+    count=3,
+):
     """Merged weight and gradient of the coefficients: by plain torch, and by the kernels."""
     generator = torch.Generator().manual_seed(5)
 
@@ -49,12 +60,12 @@ def both(kernels, patch, shape, broadcast, name, dtype, out=None, is_strided=Fal
         drawn = torch.randn(size, generator=generator)
         return drawn.movedim(0, -1).contiguous().movedim(-1, 0) if is_strided else drawn
 
-    sources = [numbers(*shape).to(DEVICE, dtype) for _ in range(3)]
+    sources = [numbers(*shape).to(DEVICE, dtype) for _ in range(count)]
     base = numbers(*shape).to(DEVICE, dtype) if name == "task_vectors" else None
     outer = numbers(*shape).to(DEVICE, out or dtype)
     results = []
     for found in (None, kernels):
-        c = torch.randn((3, *broadcast), generator=torch.Generator().manual_seed(6))
+        c = torch.randn((count, *broadcast), generator=torch.Generator().manual_seed(6))
         c = c.to(DEVICE).requires_grad_()
         patch.setattr(formula, "_kernels", lambda device, found=found: found)
         merged = combine(c, sources, base, out, prepared=prepared)
@@ -122,8 +133,31 @@ def test_the_same_bits_at_each_call(kernels, monkeypatch) -> None:
 
 
 def test_they_are_tried_before_they_are_used(kernels) -> None:
-    kernels.works.cache_clear()
+    kernels._works.cache_clear()
     assert kernels.works(DEVICE)
+
+
+def test_they_are_tried_where_another_device_is_the_default(kernels) -> None:
+    """As in the threads of mergekit's `--multi-gpu`."""
+    kernels._works.cache_clear()
+    with torch.device("meta"):
+        assert kernels.works(DEVICE)
+
+
+def test_an_empty_tensor(kernels) -> None:
+    empty = torch.empty(0, 4, device=DEVICE)
+    c = torch.ones(2, 1, 4, device=DEVICE)
+    merged = kernels.combine(c, [empty] * 2, None, torch.float32, prepared=False)
+    assert merged.shape == (0, 4)
+    assert not kernels.gradient(empty, [empty] * 2, None, c.shape).any()
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 9, 17])
+def test_any_number_of_sources(kernels, monkeypatch, count) -> None:
+    results = both(
+        kernels, monkeypatch, (33, 40), (1, 40), "task_vectors", torch.float32, count=count
+    )
+    assert_like(*results, (33, 40))
 
 
 @pytest.mark.parametrize("fault", ["raises", "is wrong"])
@@ -131,13 +165,13 @@ def test_what_does_not_work_is_said_and_not_used(kernels, monkeypatch, caplog, f
     def broken(*args, **kwargs):
         if fault == "raises":
             raise RuntimeError("no C compiler\nand more")
-        return torch.zeros(3, 1, 300)
+        return torch.zeros(3, 1, 300, device=DEVICE)
 
     monkeypatch.setattr(kernels, "gradient", broken)
-    kernels.works.cache_clear()
+    kernels._works.cache_clear()
     with caplog.at_level(logging.WARNING):
         assert not kernels.works(DEVICE)
-    kernels.works.cache_clear()
+    kernels._works.cache_clear()
     assert ("no C compiler" if fault == "raises" else "something else") in caplog.text
     assert "and more" not in caplog.text
 
@@ -158,7 +192,7 @@ def test_they_compile_and_load_16_bytes_at_once() -> None:
         assert "ld.local" not in found["loads"], found  # registers suffice
 
 
-@pytest.mark.skipif(not IS_CUDA, reason="needs a CUDA device")
+@pytest.mark.skipif(not IS_CUDA, reason="needs a CUDA device, and MERGEKIT_DAM_GPU=1")
 def test_on_a_gpu_no_float32_copy_is_made(kernels) -> None:
     sources = [torch.randn(4096, 4096, dtype=torch.bfloat16, device=DEVICE) for _ in range(3)]
     c = torch.full((3, 1, 4096), 1 / 3, device=DEVICE, requires_grad=True)

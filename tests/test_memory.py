@@ -11,8 +11,9 @@ from mergekit.options import MergeOptions
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import batch
-from mergekit_dam.fit.memory import Needs, choose_recompute
+from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.place import choose_recompute
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model.activations import Activations
 
@@ -31,6 +32,8 @@ STEPS = {
     "tied": (transformers.LlamaConfig(**SMALL, tie_word_embeddings=True), 128),
     "shared heads": (transformers.Qwen2Config(**{**SMALL, "num_key_value_heads": 1}), 256),
     "gemma3": (transformers.Gemma3TextConfig(**SMALL, head_dim=64), 128),
+    "every pair of tokens": (transformers.Gemma2Config(**SMALL, head_dim=64), 400),  # eager
+    "head": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 32_000}), 8),
     "gpt2": (
         transformers.GPT2Config(
             vocab_size=512, n_embd=128, n_layer=2, n_head=2, n_positions=256, bos_token_id=1,

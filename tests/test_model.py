@@ -134,3 +134,16 @@ def test_weights_are_rounded_as_the_merge_writes_them(recipe, llamas, dtype):
         assert torch.equal(made, made.to(getattr(torch, dtype)).float())
     fit.merged(tiny.tokens()).sum().backward()
     assert all(c.grad.abs().sum() > 0 for c in fit.merged.parameters())
+
+
+def test_gradients_of_float16_weights_are_not_rounded_to_float16(recipe, llamas):
+    """As a GPU computes: in bfloat16, whose small numbers float16 does not have."""
+    found = {}
+    for dtype in ("float16", "float32"):
+        computed = "bfloat16" if dtype == "float16" else dtype
+        fit = prepared(recipe, llamas, dtype=dtype, dam={"compute_dtype": computed})
+        (1e-8 * fit.merged(tiny.tokens()).float().sum()).backward()
+        found[dtype] = {name: c.grad for name, c in fit.merged.coefficients().items()}
+    for name, exact in found["float32"].items():
+        error = (found["float16"][name] - exact).norm() / exact.norm()
+        assert error < 0.1, name

@@ -85,7 +85,7 @@ def test_what_a_model_keeps_is_measured_without_computing():
     config = transformers.LlamaConfig(
         **{**tiny.SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
     )
-    predicted = measure(config, torch.float32, trust_remote_code=False)
+    predicted = measure(config, torch.float32, 64, trust_remote_code=False)
     model = transformers.LlamaForCausalLM(config)
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -105,7 +105,7 @@ def test_what_a_model_keeps_is_measured_without_computing():
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
 def test_every_architecture_has_an_estimate(name):
-    found = measure(tiny.CONFIGS[name], torch.float32, trust_remote_code=False)
+    found = measure(tiny.CONFIGS[name], torch.float32, 64, trust_remote_code=False)
     assert found.all >= found.largest >= found.inputs / 6 > 0
 
 

@@ -4,7 +4,7 @@
 
 Every scenario and seed has a folder of its own under DIR: its checkpoints, and the comparison that
 `mergekit-dam compare` makes of them. What is there already is kept, so an interrupted run goes on;
-`--again "dam,dam tenth"` computes these merges anew. DIR/tables.md is written from what is there.
+`--again "dam,dam short"` computes these merges anew. DIR/tables.md is written from what is there.
 """
 
 import argparse
@@ -37,8 +37,8 @@ SCENARIOS: dict[str, Callable[[Path, int], Path]] = {
     "tied": tied.make,
     "lora": lora.make,
 }
-# Fits with every default but the steps: a tenth of them, and the least-squares start alone.
-FITS = {"dam tenth": {"steps": 20}, "dam start": {"steps": 0}}
+# Fits with every default but the steps: a tenth of them, and the start by least squares alone.
+FITS = {"dam short": {"steps": 20}, "dam start": {"steps": 0}}
 ONLY: tuple[str, ...] = ()  # merges to compare; none: all
 
 
@@ -93,7 +93,7 @@ def tables(folder: Path) -> str:
 COLUMNS = ("merge", "KL", "agreement", "exact match", "retention", "forward", "backward", "tokens")
 SUMMARY = (
     "scenario", "best KL", "best exact match", "retention of dam", "KL of paper / dam",
-    "tokens of dam / paper", "KL of tenth / paper", "tokens of tenth / paper",
+    "tokens of dam / paper", "KL of short / paper", "tokens of short / paper",
     "passes of evolution / dam", "KL of evolution / dam",
 )  # fmt: skip
 
@@ -161,8 +161,8 @@ def _summary(scenario: str, means: Mapping[str, Mapping[str, float]]) -> tuple[s
         f"{means['dam']['retention']:.3f}" if "dam" in means else "-",
         ratio("dam paper", "dam", "KL"),
         ratio("dam", "dam paper", "tokens"),
-        ratio("dam tenth", "dam paper", "KL"),
-        ratio("dam tenth", "dam paper", "tokens"),
+        ratio("dam short", "dam paper", "KL"),
+        ratio("dam short", "dam paper", "tokens"),
         ratio("evolution", "dam", "forward"),
         ratio("evolution", "dam", "KL"),
     )

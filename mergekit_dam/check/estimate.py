@@ -2,18 +2,17 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import prod
 from typing import get_args
 
-import torch
-
-from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.check.speed import step_seconds
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
-from mergekit_dam.fit.memory import Place, longest_step, needs, place, size
-from mergekit_dam.formula import coefficient_shape
-from mergekit_dam.model import Recompute, Role, Skeleton, build_skeleton
+from mergekit_dam.fit.forecast import computing_dtype, held, step_needs, where
+from mergekit_dam.fit.memory import size
+from mergekit_dam.fit.place import Place
+from mergekit_dam.fit.start import counts, trained_tensors
+from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.plan import Plan
 
 
@@ -50,20 +49,11 @@ class Estimate:
             f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
             f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
-            f"{steps}, in about {self.seconds:.2g} s\n"
+            f"{steps}, computed in about {self.seconds:.2g} s\n"
             f"{self.place}\n"
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
             f"{f', states of the sources {size(self.states)}' if self.states else ''}"
         )
-
-
-def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
-    """Raises DamError where the model cannot be built."""
-    return build_skeleton(
-        plan.model_config,
-        set(shapes.names()),
-        trust_remote_code=plan.options.trust_remote_code,
-    )
 
 
 def estimate(
@@ -74,52 +64,30 @@ def estimate(
     device: str,
     data: Sequence[SourceData] = (),  # of each source, where all were read
 ) -> Estimate:
-    counts = {
-        name: prod(_coefficient_shape(name, skeleton, settings, shapes)) * len(plan.sources)
-        for name in shapes.names()
-    }
-    trained = {n for n, role in skeleton.roles.items() if getattr(settings.train, role.kind)}
-    rows = _tokens(plan, settings, data)
-    dtype = _compute_dtype(settings, device)
-    text = plan.model_config.get_text_config()
-    found = needs(
-        plan.model_config,
-        skeleton,
-        dtype,
-        rows,
-        settings.objective,
-        sum(counts[name] for name in trained),
-        trust_remote_code=plan.options.trust_remote_code,
-    )
+    numbers = counts(plan, settings, shapes, skeleton)
+    trained = sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings))
+    text, dtype = plan.model_config.get_text_config(), computing_dtype(settings, shapes, device)
+    found = step_needs(plan, settings, shapes, skeleton, device, data)
     is_kept = settings.teacher == "cached"
     states = sum(len(row) for own in data for row in own.train) * text.hidden_size * dtype.itemsize
     return Estimate(
         sources=len(plan.teachers),
         has_base=plan.has_base,
-        output_tensors=len(counts),
-        trained_tensors=len(trained),
-        unreached_tensors=len(counts.keys() - skeleton.roles.keys()),
-        coefficients=sum(counts.values()),
-        trained=sum(counts[name] for name in trained),
-        weights=shapes.bytes(),
-        tokens=sum(rows),
+        output_tensors=len(numbers),
+        trained_tensors=len(trained_tensors(skeleton, settings)),
+        unreached_tensors=len(numbers.keys() - skeleton.roles.keys()),
+        coefficients=sum(numbers.values()),
+        trained=trained,
+        weights=sum(held(shapes, settings).values()),
+        tokens=found.tokens,
         step={mode: found.of(mode) for mode in get_args(Recompute)},
         seconds=step_seconds(found, text.hidden_size, len(plan.sources), dtype, device),
-        file=4 * sum(counts.values()),
+        file=4 * sum(numbers.values()),
         # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
-        checkpoints=int(8 * sum(counts[n] for n in trained) * (3 + 2 / len(plan.sources))),
+        checkpoints=int(8 * trained * (3 + 2 / len(plan.sources))),
         states=states if is_kept else 0,
-        place=place(settings, device, found, shapes.bytes(), len(plan.sources)),
+        place=where(settings, shapes, skeleton, device, found),
     )
-
-
-def _tokens(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[int]:
-    """Of a step, for each source: of its longest rows, or of those that settings and model take."""
-    if len(data) == len(plan.teachers):
-        return longest_step(settings, data)
-    positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
-    length = min(settings.max_length, positions or settings.max_length)
-    return [settings.batch_size * length] * len(plan.teachers)
 
 
 def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Iterator[str]:
@@ -139,22 +107,3 @@ def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Ite
         getattr(settings.train, role.kind) for role in skeleton.roles.values()
     ):
         yield "`dam.train` leaves no tensor of this model to train: switch a kind on"
-
-
-def _coefficient_shape(
-    name: str, skeleton: Skeleton, settings: Settings, shapes: HeaderShapes
-) -> tuple[int, ...]:
-    role = skeleton.roles.get(name, Role("linear", shapes.shape(name) or ()))
-    return coefficient_shape(
-        role.shape,
-        settings.granularity_of(name),
-        input_axis=role.input_axis,
-        bias=role.kind == "bias",
-    )
-
-
-def _compute_dtype(settings: Settings, device: str) -> torch.dtype:
-    """As the fit will choose it, for sources in half precision."""
-    if settings.compute_dtype != "auto":
-        return getattr(torch, settings.compute_dtype)
-    return torch.float32 if device == "cpu" else torch.bfloat16

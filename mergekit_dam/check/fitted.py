@@ -4,9 +4,9 @@ from collections.abc import Iterator
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Settings, tokenizer_of
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.hub import open_coefficients
 from mergekit_dam.plan import Plan
 from mergekit_dam.sources import match

@@ -10,10 +10,9 @@ from pathlib import Path
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_dam.check.estimate import Estimate, estimate, merged_skeleton, misfits
+from mergekit_dam.check.estimate import Estimate, estimate, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.fitted import file_problems
-from mergekit_dam.check.headers import HeaderShapes
 from mergekit_dam.check.parameters import number_problems, parameter_problems, range_problems
 from mergekit_dam.check.preview import preview
 from mergekit_dam.check.tokens import token_problems
@@ -24,9 +23,11 @@ from mergekit_dam.config.recipe import data_entries, match_reference
 from mergekit_dam.data import SourceData, benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device
+from mergekit_dam.fit.forecast import merged_skeleton
 from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.opening import require_model
 from mergekit_dam.plan import Plan, plan_merge, source_models
 

@@ -11,12 +11,12 @@ from mergekit_dam.formula import combine
 
 PASSES = 5  # forward: the sources, the merge, the merge again; backward: to activations, to weights
 TOKENS = 512  # of the timed product
-REPEAT = 10
+REPEAT, TOGETHER = 5, 4
 
 
 def step_seconds(needs: Needs, width: int, sources: int, dtype: torch.dtype, device: str) -> float:
-    """With whole blocks made again; without attention's own products and the vocabulary's losses,
-    so rather too little for long rows."""
+    """Computing alone, with whole blocks made again; without attention's own products, the
+    vocabulary's losses and copies from host memory. Of experts all are counted."""
     x, matrix = (torch.rand(rows, width).to(device, dtype) for rows in (TOKENS, width))
     weights = [matrix.clone() for _ in range(sources)]
     c = torch.full((sources, 1, width), 1 / sources, device=device, requires_grad=True)
@@ -30,9 +30,12 @@ def step_seconds(needs: Needs, width: int, sources: int, dtype: torch.dtype, dev
 
 def _seconds(operation: Callable[[], Tensor]) -> float:
     """The least of some trials: what else the machine does takes no part."""
+    operation().sum().item()
     times = []
     for _ in range(REPEAT):
         start = time.perf_counter()
-        operation().sum().item()  # waits for a GPU
-        times.append(time.perf_counter() - start)
+        for _ in range(TOGETHER - 1):  # of which a GPU waits for none
+            operation()
+        operation().sum().item()
+        times.append((time.perf_counter() - start) / TOGETHER)
     return min(times)

@@ -116,8 +116,11 @@ class Settings(Block):
         "`average`, `weights` (the YAML's), or the path of a coefficient "
         "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
     )
-    calibration: int = Field(
-        128, ge=1, description="rows of each source for the least-squares start"
+    calibration: int | None = Field(
+        None,
+        ge=1,
+        description="rows of each source for the least-squares start; default: 32, or 128 with "
+        "`steps: 0`",
     )
     use_base: bool | None = Field(
         None,
@@ -246,6 +249,11 @@ class Settings(Block):
             return self.granularity
         matching = (r for r in self.granularity if r.filter in (None, "*") or r.filter in name)
         return next((rule.value for rule in matching), "column")
+
+    @property
+    def calibration_rows(self) -> int:
+        """Of each source; more do not help where steps follow (docs/experiments.md)."""
+        return self.calibration or (128 if self.max_steps == 0 else 32)
 
     @property
     def max_steps(self) -> int:

@@ -15,7 +15,7 @@ from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.least_squares import CHECKED, least_squares
 from mergekit_dam.model import MergedModel
 
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)  # of the way from the start to the solution
+SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)  # of the way from the start to the solution
 
 
 def calibrate(
@@ -35,7 +35,7 @@ def calibrate(
     the result is the same. Every process of a distributed fit solves for itself.
     """
     start = {name: c.detach().clone() for name, c in merged.trained_coefficients().items()}
-    rows = [source.train[: settings.calibration] for source in data]
+    rows = [source.train[: settings.calibration_rows] for source in data]
     solved = _restore(merged, folder / PROGRESS) if resume else set()
     with tqdm(
         total=len(merged.trained_blocks()), desc="Solving", disable=quiet or not is_main_process()

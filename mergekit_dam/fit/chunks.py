@@ -90,6 +90,6 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer):
-        results = [part for g in ctx.gradients for part in (g * outer.to(g.dtype), None)]
+        results = [part for g in ctx.gradients for part in (g.mul_(outer.to(g.dtype)), None)]
         ctx.gradients = None  # used once; their memory goes with them
         return None, *results

@@ -1,13 +1,13 @@
 """Where a fit computes, and in which dtype."""
 
 import os
+from collections.abc import Collection
 
 import torch
 from transformers import PretrainedConfig
 
 from mergekit_dam.config import Settings
 from mergekit_dam.errors import DamError
-from mergekit_dam.model import SourceWeights
 
 # Below this width a second thread waits longer for the first than it computes, and on a machine
 # with other work many times longer.
@@ -26,7 +26,19 @@ def choose_device(name: str) -> str:
         raise DamError(f"--device {name} is no device for a fit: use cpu, cuda or auto.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise DamError(f"--device {name}: torch sees no CUDA device here; use --device cpu.")
-    return f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if name == "cuda" else name
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if kind == "cuda" and name not in ("cuda", own):
+        raise DamError(
+            f"--device {name}: a fit takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES="
+            f"{name.partition(':')[2]} and give --device cuda."
+        )
+    return own if kind == "cuda" else name
+
+
+def take(device: str) -> None:
+    """What is meant for the current GPU goes to this one."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def choose_threads(config: PretrainedConfig, device: str, wanted: int | None) -> None:
@@ -36,10 +48,10 @@ def choose_threads(config: PretrainedConfig, device: str, wanted: int | None) ->
         torch.set_num_threads(1)
 
 
-def choose_dtype(settings: Settings, weights: SourceWeights, device: str) -> torch.dtype:
+def choose_dtype(settings: Settings, dtypes: Collection[torch.dtype], device: str) -> torch.dtype:
+    """`dtypes` are those of the merged tensors."""
     if settings.compute_dtype != "auto":
         return getattr(torch, settings.compute_dtype)
-    dtypes = {weights[name].dtype for name in weights.names()}
     if device == "cpu" or torch.float32 in dtypes:
         return torch.float32
     return torch.bfloat16

@@ -1,4 +1,4 @@
-"""What a fit keeps in memory, and which settings fit into what is free."""
+"""What a step of a fit keeps in memory, beside the sources."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,18 +7,11 @@ import psutil
 import torch
 from transformers import PretrainedConfig
 
-from mergekit_dam.config import Settings
 from mergekit_dam.config.settings import Objective
-from mergekit_dam.data import SourceData
-from mergekit_dam.errors import DamError
 from mergekit_dam.fit.chunks import slices
-from mergekit_dam.model import Offload, Recompute, Skeleton
+from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
-from mergekit_dam.plan import Plan
 
-# What `auto` lets take of the free memory: a step, and the sources.
-STEP = 0.5
-SOURCES = 0.7
 # Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
 # log-probabilities of merge and source, and their distance and two steps of its gradient.
 COPIES = {"kl": (5, 2), "reverse_kl": (5, 2), "jsd": (7, 3), "mse": (1, 0), "entropy": (3, 1)}
@@ -64,6 +57,7 @@ def needs(
     objective: Objective,
     coefficients: int = 0,  # how many are trained
     *,
+    longest: int,  # tokens of the longest row
     trust_remote_code: bool = False,
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
@@ -75,13 +69,16 @@ def needs(
     largest = own[sizes.index(max(sizes))]
     return Needs(
         tokens=sum(rows),
-        kept=measure(config, dtype, trust_remote_code=trust_remote_code),
+        kept=measure(config, dtype, longest, trust_remote_code=trust_remote_code),
         states=sum(rows) * width * dtype.itemsize,
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
         head=vocabulary * width * (dtype.itemsize + 4),
-        losses=_longest_chunk(max(rows), vocabulary) * vocabulary * _of_a_logit(objective, dtype),
+        losses=max(
+            _longest_chunk(max(rows), vocabulary) * vocabulary * _of_a_logit(objective, dtype),
+            vocabulary * width * dtype.itemsize,  # the gradient that a chunk adds to the head's
+        ),
         coefficients=3 * 4 * coefficients,
         parameters=sum(sizes) + vocabulary * width,
     )
@@ -101,106 +98,6 @@ def _of_a_logit(objective: Objective, dtype: torch.dtype) -> int:
         if getattr(objective, name):
             most, kept = max(most, kept + working), kept + saved
     return 2 * dtype.itemsize + 4 * most if most else 0
-
-
-def longest_step(settings: Settings, data: Sequence[SourceData]) -> list[int]:
-    """For each source, the tokens of a step whose rows are the longest."""
-    return [settings.batch_size * max(len(row) for row in own.train) for own in data]
-
-
-def choose_recompute(settings: Settings, found: Needs, free: int) -> tuple[Recompute, str]:
-    """The fastest way that fits, and a sentence about it. All ways give the same gradients."""
-    if settings.recompute != "auto":
-        return settings.recompute, ""
-    limit = STEP * free
-    modes: tuple[Recompute, ...] = ("none", "weights", "block")
-    mode = next((m for m in modes if found.of(m) <= limit), "block")
-    return mode, (
-        f"recompute: {mode}, with about {size(found.of(mode))} for a step, of {size(free)} free "
-        "beside the sources"
-    )
-
-
-def choose_offload(
-    settings: Settings, device: str, sources: int, free: int, host: int
-) -> tuple[Offload, str]:
-    """Where the sources' weights live, and a sentence about it. The results are the same.
-
-    `sources` are their bytes; `free` those of the device and `host` those of the machine's memory.
-    """
-    if settings.offload != "auto":
-        return settings.offload, ""
-    if sources <= SOURCES * free:
-        return "none", ""
-    where = "GPU" if torch.device(device).type == "cuda" else "memory"
-    told = f"the sources take {size(sources)}, of {size(free)} free in the {where}"
-    if where == "GPU" and sources <= SOURCES * host:
-        return "cpu", f"offload: cpu, since {told}; {size(host)} are free in host memory"
-    return "disk", f"offload: disk, since {told}"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a fit keeps what it needs; bytes."""
-
-    device: str
-    recompute: Recompute
-    offload: Offload
-    taken: int  # on the device
-    mapped: int  # files of the sources that are read where they lie, through the page cache
-    host: int  # beside a GPU
-
-    def __str__(self) -> str:
-        host = f", and {size(self.host)} of host memory" if self.host else ""
-        mapped = f", beside {size(self.mapped)} of mapped files" if self.mapped else ""
-        return (
-            f"on {self.device}: recompute: {self.recompute}, offload: {self.offload}, takes "
-            f"{size(self.taken)}{mapped}{host}"
-        )
-
-
-def place(settings: Settings, device: str, found: Needs, sources: int, count: int) -> Place:
-    """What a fit will choose here, with `count` sources of so many bytes together."""
-    free, host = free_memory(device), free_memory("cpu")
-    offload, _ = choose_offload(settings, device, sources, free, host)
-    is_cuda = torch.device(device).type == "cuda"
-    blocks = {"none": sources, "cpu": 2 * count * found.block, "disk": count * found.block}
-    there = blocks[offload] if is_cuda or offload == "disk" else 0
-    recompute, _ = choose_recompute(settings, found, free - there)
-    return Place(
-        device=device,
-        recompute=recompute,
-        offload=offload,
-        taken=there + found.of(recompute),
-        mapped=0 if is_cuda or offload == "disk" else sources,
-        host=sources if is_cuda and offload == "cpu" else 0,
-    )
-
-
-def size_of_sources(plan: Plan, settings: Settings) -> int:
-    """Bytes of all that the fit would hold."""
-    total, is_sparse = 0, settings.sparsify != "task_arithmetic"
-    models = {*plan.sources, plan.base if settings.formula == "task_vectors" else None}
-    for _, inputs in plan.load(plan.tensors, quiet=True):
-        for tensor in (tensor for model, tensor in inputs.items() if model in models):
-            total += tensor.nbytes + (4 * tensor.numel() if is_sparse else 0)
-    return total
-
-
-def require_memory(needed: int, free: int, settings: Settings, device: str) -> None:
-    """Raises DamError for a step that cannot fit, before anything is computed."""
-    if needed <= free:
-        return
-    remedies = {
-        "`dam.recompute: block`": settings.recompute not in ("auto", "block"),
-        "`dam.offload: cpu`": settings.offload == "none" and torch.device(device).type == "cuda",
-        "a smaller `dam.batch_size` or `dam.max_length`": True,
-    }
-    remedy = next(setting for setting, helps in remedies.items() if helps)
-    raise DamError(
-        f"A step needs about {size(needed)} of memory beside the sources, and {size(free)} are "
-        f"free on {device}: set {remedy}."
-    )
 
 
 def free_memory(device: str) -> int:

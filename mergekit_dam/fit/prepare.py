@@ -14,17 +14,10 @@ from mergekit_dam import coefficients as files
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
-from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads
-from mergekit_dam.fit.memory import (
-    Needs,
-    choose_offload,
-    choose_recompute,
-    free_memory,
-    longest_step,
-    needs,
-    require_memory,
-    size_of_sources,
-)
+from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads, take
+from mergekit_dam.fit.forecast import foresee
+from mergekit_dam.fit.memory import Needs
+from mergekit_dam.fit.place import require_memory
 from mergekit_dam.fit.resume import digest, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
@@ -61,6 +54,7 @@ def prepare(
     `out` is the coefficient file, beside which sources keep the data that they write.
     """
     settings, device = recipe.settings, choose_device(device)
+    take(device)
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
@@ -72,22 +66,18 @@ def prepare(
     if data is None:
         data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
-    offload, told = choose_offload(
-        settings,
-        device,
-        size_of_sources(plan, settings) if settings.offload == "auto" else 0,
-        free_memory(device),
-        free_memory("cpu"),
-    )
-    _say(told, options)
+    found, chosen = foresee(plan, settings, data, device)
+    require_memory(chosen, settings)
+    for sentence in chosen.told:
+        _say(sentence, options)
     weights = SourceWeights(
         plan,
         needs_base=settings.formula == "task_vectors",
         preparation=preparation,
         device=device,
-        offload=offload,
+        offload=chosen.offload,
     )
-    dtype = choose_dtype(settings, weights, device)
+    dtype = choose_dtype(settings, {weights[name].dtype for name in weights.names()}, device)
     skeleton = build_skeleton(
         plan.model_config,
         frozenset(weights.names()),
@@ -95,21 +85,10 @@ def prepare(
         trust_remote_code=options.trust_remote_code,
     )
     coefficients = start(plan, skeleton, weights, settings)
+    teachers = own_models(recipe, plan, dtype, device, chosen.offload)
     trained = trained_tensors(skeleton, settings)
-    found = needs(
-        plan.model_config,
-        skeleton,
-        dtype,
-        longest_step(settings, data),
-        settings.objective,
-        sum(c.numel() for name, c in coefficients.items() if name in trained),
-        trust_remote_code=options.trust_remote_code,
-    )
-    teachers = own_models(recipe, plan, dtype, device, offload)
     merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
-    merged.recompute, told = choose_recompute(settings, found, free_memory(device))
-    require_memory(found.of(merged.recompute), free_memory(device), settings, device)
-    _say(told, options)
+    merged.recompute = chosen.recompute
     header = _header(recipe, settings, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})

@@ -3,6 +3,7 @@ another fit's coefficients."""
 
 import os
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import torch
 from mergekit.common import ModelReference
@@ -13,7 +14,8 @@ from mergekit_dam.config import Settings
 from mergekit_dam.config.settings import STARTS
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import coefficient_shape
-from mergekit_dam.model import Role, Skeleton, SourceWeights, Stack
+from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.model import Role, Skeleton, SourceWeights
 from mergekit_dam.plan import Plan
 from mergekit_dam.sources import match
 from mergekit_dam.task_vectors import Preparation, resolve
@@ -83,7 +85,7 @@ def start(
     )
     for name in weights.names():
         stack = weights[name]
-        shape = _shape(name, stack, skeleton, settings)
+        shape = shape_of(name, stack.shape, skeleton, settings)
         if file is not None:
             result[name] = _from_file(file, name, shape, plan)
             continue
@@ -122,16 +124,31 @@ def _rows_of_file(file: CoefficientFile, plan: Plan) -> list[int]:
     return rows
 
 
-def _shape(name: str, stack: Stack, skeleton: Skeleton, settings: Settings) -> tuple[int, ...]:
+def shape_of(
+    name: str, shape: Sequence[int], skeleton: Skeleton, settings: Settings
+) -> tuple[int, ...]:
+    """Of one source's coefficients for an output tensor."""
     # A tensor that the model does not use (its coefficients stay as they are) is a vector or a
     # matrix like any other.
-    role = skeleton.roles.get(name, Role("linear", tuple(stack.shape)))
+    role = skeleton.roles.get(name, Role("linear", tuple(shape)))
     return coefficient_shape(
-        stack.shape,
+        shape,
         settings.granularity_of(name),
         input_axis=role.input_axis,
         bias=role.kind == "bias",
     )
+
+
+def counts(
+    plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton
+) -> dict[str, int]:
+    """Output tensor -> numbers that its coefficients have, of all sources together."""
+    found = {}
+    for name in shapes.names():
+        role = skeleton.roles.get(name)
+        shape = role.shape if role else shapes.shape(name) or ()
+        found[name] = len(plan.sources) * prod(shape_of(name, shape, skeleton, settings))
+    return found
 
 
 def starting_weights(

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
-TOKENS = 64  # of the trial
+TOKENS = 64  # of the trial, where each token keeps the same however long the row is
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,17 @@ class Activations:
 
 
 def measure(
-    config: PretrainedConfig, dtype: torch.dtype, *, trust_remote_code: bool
+    config: PretrainedConfig, dtype: torch.dtype, tokens: int, *, trust_remote_code: bool
 ) -> Activations:
-    """Runs the model on tensors without storage. Models that cannot run so are estimated: like a
+    """Runs the model on tensors without storage. Where attention keeps every pair of tokens (it is
+    `eager`), for a row of so many; the other ways need no mask in a step, for which such tensors
+    would count one. Models that cannot run so are estimated: like a
     Llama of their sizes."""
     try:
         with _quietly(), FakeTensorMode(allow_non_fake_inputs=True):
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            return _measure(model)
+            is_eager = model.config._attn_implementation == "eager"
+            return _measure(model, tokens if is_eager else TOKENS)
     except Exception:  # whatever stops such a run would not stop a real one
         return _estimate(config.get_text_config(), dtype)
 
@@ -52,7 +55,7 @@ def _quietly() -> Iterator[None]:
         log.disabled = before
 
 
-def _measure(model: nn.Module) -> Activations:
+def _measure(model: nn.Module, tokens: int) -> Activations:
     own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[Any, Tensor] = {}  # holding the tensors keeps their storages apart
     blocks, inputs = [], 0
@@ -78,9 +81,9 @@ def _measure(model: nn.Module) -> Activations:
         block.register_forward_pre_hook(before, with_kwargs=True)
         block.register_forward_hook(after)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(1, TOKENS, dtype=torch.long), use_cache=False)
+        model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
     widest = max(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Activations(*(n / TOKENS for n in (size(), max(blocks), inputs, widest)))
+    return Activations(*(n / tokens for n in (size(), max(blocks), inputs, widest)))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -244,9 +244,10 @@ class MergedModel(nn.Module):
         stack, coefficients = self._weights[name], getattr(self, self._names[name])
         if len(stack.rows) < len(coefficients):
             coefficients = coefficients[list(stack.rows)]
-        if torch.finfo(stack.dtype).bits >= torch.finfo(self._dtype).bits:
+        wide = torch.promote_types(stack.dtype, self._dtype)  # float32 of float16 and bfloat16
+        if wide == stack.dtype:
             return stack.merge(coefficients, stack.dtype)
-        return _StraightThrough.apply(stack.merge(coefficients, self._dtype), stack.dtype)
+        return _StraightThrough.apply(stack.merge(coefficients, wide), stack.dtype)
 
 
 class Head:

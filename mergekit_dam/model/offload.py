@@ -12,6 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mergekit_dam.errors import DamError
+
 Offload = Literal["none", "cpu", "disk"]
 ALIGNMENT = 512  # bytes, of a tensor in an arena
 
@@ -97,10 +99,19 @@ class Arena:
     def copy(self, tensor: Tensor) -> Tensor:
         taken = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         if taken > len(self._rest):
-            size = max(self._size, taken)
-            self._rest = torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+            self._rest = self._piece(taken)
         place, self._rest = self._rest[: tensor.nbytes], self._rest[taken:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+    def _piece(self, taken: int) -> Tensor:
+        size = max(self._size, 1 << (taken - 1).bit_length())  # as torch would, to use the rest
+        try:
+            return torch.empty(size, dtype=torch.uint8, pin_memory=self._pinned)
+        except RuntimeError as error:
+            raise DamError(
+                f"Host memory for the sources could not be pinned ({str(error).splitlines()[0]}): "
+                "set `dam.offload: disk`."
+            ) from error
 
 
 class InHostMemory:
@@ -118,6 +129,7 @@ class InHostMemory:
         self._last: tuple[Wanted | None, Wanted | None] = (None, None)
         self._followed: dict[tuple[Wanted | None, Wanted | None], Wanted] = {}
         self._copies: dict[Wanted, _Copy] = {}
+        self._passed: torch.cuda.Event | None = None  # where the GPU is done with a block
 
     def put(self, name: str, inputs: Callable[[], Inputs]) -> None:
         keep = self._arena.copy if self._is_cuda else (lambda tensor: tensor)
@@ -137,13 +149,24 @@ class InHostMemory:
         if wanted != self._last[1]:
             self._followed[self._last] = wanted
             self._last = (self._last[1], wanted)
-            following = self._followed.get(self._last)
-            self._copies = {
-                key: self._copies.get(key) or self._copy(key)
-                for key in (wanted, following)
-                if key is not None
-            }
+            together = filter(None, (wanted, self._followed.get(self._last)))
+            self._keep_pace()
+            copies, self._copies = self._copies, {}  # those before go first
+            self._copies = {key: copies.pop(key, None) for key in together}
+            copies.clear()
+            self._copies = {key: own or self._copy(key) for key, own in self._copies.items()}
         return self._copies[wanted].wait()
+
+    def _keep_pace(self) -> None:
+        """Wait until the GPU has come to the block before this one: what runs ahead of it would
+        copy block after block into memory of which none is free yet."""
+        if self._is_cuda:
+            before, self._passed = (
+                self._passed,
+                torch.cuda.current_stream(self._device).record_event(),
+            )
+            if before is not None:
+                before.synchronize()
 
     def _copy(self, wanted: Wanted) -> "_Copy":
         names, index = wanted
@@ -161,7 +184,7 @@ class _Copy:
     """Tensors on their way to a GPU, on a stream of their own."""
 
     def __init__(self, chosen: Mapping[str, Inputs], device: torch.device, stream):
-        self._arrived = None
+        self._arrived, self._device = None, device
         with torch.cuda.stream(stream):  # without a GPU this does nothing
             self._inputs = {
                 name: own.each(lambda tensor: tensor.to(device, non_blocking=True))
@@ -173,7 +196,7 @@ class _Copy:
     def wait(self) -> Mapping[str, Inputs]:
         """For the tensors, on the stream that computes with them."""
         if self._arrived is not None:
-            computing = torch.cuda.current_stream()
+            computing = torch.cuda.current_stream(self._device)
             computing.wait_event(self._arrived)
             for own in self._inputs.values():
                 own.each(lambda tensor: tensor.record_stream(computing) or tensor)

@@ -49,6 +49,12 @@ class Skeleton:
         """The parts whose weights are made together, with their full names."""
         return blocks_of(self.model)
 
+    def inputs(self, path: str) -> set[str]:
+        """The output tensors that a block's weights are made of."""
+        direct = {name for own, name in self.tensors.items() if own.startswith(f"{path}.")}
+        made = (a for a in self.assemblies if any(p.startswith(f"{path}.") for p in a.parameters))
+        return direct.union(*(assembly.names for assembly in made))
+
 
 def build_skeleton(
     config: PretrainedConfig,

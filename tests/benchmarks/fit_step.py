@@ -6,8 +6,8 @@ Random models are made and saved in a temporary folder. Plain steps (forward, ba
 and activations) and fit steps run alternately in this process.
 """
 
+import math
 import tempfile
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import click
@@ -21,11 +21,12 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import StepRows, collate
+from mergekit_dam.fit.memory import free_memory
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.teachers import KeptTeachers
 from tests import tiny
-from tests.benchmarks.measuring import Peak, alternate, machine, table
+from tests.benchmarks.measuring import Peak, Step, alternate, machine, table
 
 SHAPES = {
     "tiny": transformers.LlamaConfig(**tiny.SIZES),
@@ -67,27 +68,21 @@ def main(shape, sources, base, rows, length, repeat, device, offload, cap) -> No
         models = [save(Path(folder) / f"m{n}", config, n, dtype) for n in range(sources)]
         origin = save(Path(folder) / "base", config, sources, dtype) if base else None
         ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
-        steps = {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
-        predicted = {}
-        for own in _settings(offload):
-            name = ", ".join(f"{key}: {value}" for key, value in own.items())
-            steps[name], predicted[name] = _fit_step(
-                Path(folder), models, origin, ids, dtype, device, own
-            )
-        peaks = {}
-        for name, step in steps.items():
-            step()
-            with Peak(device) as peak:
-                step()
-            peaks[name] = peak.most
-        print(table(alternate(steps, repeat, device), peaks, PLAIN, predicted))
+        plain = {} if cap else {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
+        for where in offload:  # one at a time: the sources of two would not fit
+            fit = _prepared(Path(folder), models, origin, ids, dtype, device, where)
+            steps = {**plain, **_steps(fit, Path(folder), device, cap)}
+            peaks = {name: _peak(step, device) for name, step in steps.items()}
+            predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
+            print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
+            del fit, steps
 
 
-def _settings(offload: Iterable[str]) -> Iterator[dict[str, str]]:
-    for where in offload:
-        for recompute in ("block", "weights", "none") if where == "none" else ("weights",):
-            for teacher in ("live", "cached") if recompute != "none" else ("live",):
-                yield {"recompute": recompute, "teacher": teacher, "offload": where}
+def _peak(step: Step, device: str) -> int:
+    step()
+    with Peak(device) as peak:
+        step()
+    return peak.most
 
 
 def save(folder: Path, config, seed: int, dtype: torch.dtype) -> Path:
@@ -109,7 +104,9 @@ def _plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str
     return step
 
 
-def _fit_step(folder: Path, models, base, ids, dtype: torch.dtype, device: str, own: dict):
+def _prepared(
+    folder: Path, models, base, ids, dtype: torch.dtype, device: str, offload: str
+) -> Fit:
     document = {
         "merge_method": "dam",
         "models": [{"model": str(model)} for model in models],
@@ -119,28 +116,48 @@ def _fit_step(folder: Path, models, base, ids, dtype: torch.dtype, device: str, 
         "dam": {
             "data": [{"source": str(m), "path": "unused.txt"} for m in models],
             "batch_size": len(ids[0]),
-            **own,
+            "recompute": "block",
+            "offload": offload,
         },
     }
     (folder / "config.yml").write_text(yaml.safe_dump(document), encoding="utf-8")
     data = [SourceData([Row(row) for row in rows.tolist()], []) for rows in ids]
-    recipe = read_recipe(str(folder / "config.yml"))
-    fit = prepare(recipe, MergeOptions(quiet=True, num_threads=torch.get_num_threads()),
-                  device=device, data=data)  # fmt: skip
-    kept = None
-    if own["teacher"] == "cached":
-        kept = KeptTeachers(fit.merged, folder / "teachers", "")
-        kept.keep([source.train for source in data])
-    distillation = Distillation(fit.merged, Objective(), teach=kept)
-    stepped = StepRows(data)
-    items = [stepped[(number,) * len(data)] for number in range(len(stepped))]
+    options = MergeOptions(quiet=True, num_threads=torch.get_num_threads())
+    return prepare(read_recipe(str(folder / "config.yml")), options, device=device, data=data)
+
+
+def _steps(fit: Fit, folder: Path, device: str, cap: float | None) -> dict[str, Step]:
+    """Those that fit into what is free."""
+    free = min(free_memory(device), cap * 1e9 if cap else math.inf)
+    kept = KeptTeachers(fit.merged, folder / "teachers", "")
+    kept.keep([source.train for source in fit.data])
+    stepped = StepRows(fit.data)
+    items = [stepped[(number,) * len(fit.data)] for number in range(len(stepped))]
     inputs = {key: value.to(device) for key, value in collate(items).items()}
+    offload = fit.settings.offload
+    return {
+        f"recompute: {mode}, teacher: {teacher}, offload: {offload}": _step(
+            fit, mode, teach, inputs
+        )
+        for mode in (("block", "weights", "none") if offload == "none" else ("block", "weights"))
+        for teacher, teach in (("live", None), ("cached", kept))
+        if fit.needs.of(mode) < free and (mode, teacher) != ("none", "cached")
+    }
+
+
+def _mode(name: str) -> str:
+    return name.partition("recompute: ")[2].partition(",")[0]
+
+
+def _step(fit: Fit, mode: str, teach: KeptTeachers | None, inputs: dict) -> Step:
+    distillation = Distillation(fit.merged, Objective(), teach=teach)
 
     def step() -> None:
+        fit.merged.recompute = mode
         distillation(**inputs)["loss"].backward()
         distillation.zero_grad()
 
-    return step, fit.needs.of(own["recompute"])
+    return step
 
 
 if __name__ == "__main__":

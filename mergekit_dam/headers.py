@@ -48,13 +48,31 @@ class HeaderShapes:
         shapes = {tuple(entry["shape"]) for entry in self._entries(name).values()}
         return shapes.pop() if len(shapes) == 1 else None
 
-    def bytes(self) -> int:
-        """Of all sources' tensors, in the dtype that the YAML casts them to."""
-        return sum(
-            prod(entry["shape"]) * BYTES.get(self._plan.dtype or entry["dtype"], 1)
-            for headers in self._models.values()
-            for entry in (headers or {}).values()
-        )
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the merged tensors; empty where no header tells."""
+        known = {code: dtype for dtype, code in DTYPES.items()}
+        found = {output.out_dtype for output in self._plan.tensors.values()} - {None}
+        if found or self._plan.dtype:
+            return found or {getattr(torch, self._plan.dtype)}
+        entries = (e for headers in self._models.values() for e in headers.values())
+        return {known[entry["dtype"]] for entry in entries if entry["dtype"] in known}
+
+    def bytes(self, *, base: bool = False, prepared: bool = False) -> dict[str, int]:
+        """Output tensor -> bytes of all sources' tensors for it, in the dtype that the YAML casts
+        them to; with those of the `base` that is subtracted, and of the `prepared` differences."""
+        origin = {self._plan.base: _headers(self._plan.base)} if base else {}
+        models = {**self._models, **origin}
+        result = {}
+        for name in self._plan.tensors:
+            entries = self._entries(name, models)
+            result[name] = sum(
+                prod(entry["shape"]) * BYTES.get(self._plan.dtype or entry["dtype"], 1)
+                for entry in entries.values()
+            )
+            if prepared:
+                own = [e for model, e in entries.items() if model in self._models]
+                result[name] += 4 * sum(prod(entry["shape"]) for entry in own)
+        return result
 
     def problems(self) -> Iterator[str]:
         """What the headers tell of sources that do not fit together, the first of each sort."""
@@ -116,11 +134,13 @@ class HeaderShapes:
                 if problem := differing_shapes(name, shapes, output.vocabulary_axis):
                     yield problem
 
-    def _entries(self, name: str) -> dict[ModelReference, dict]:
+    def _entries(
+        self, name: str, models: dict[ModelReference, dict[str, dict]] | None = None
+    ) -> dict[ModelReference, dict]:
         inputs = self._plan.tensors[name].inputs
         return {
             model: entry
-            for model, headers in self._models.items()
+            for model, headers in (models or self._models).items()
             if model in inputs
             for entry in [next((headers[n] for n in inputs[model] if n in headers), None)]
             if entry is not None
