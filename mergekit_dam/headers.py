@@ -1,8 +1,9 @@
 """Shapes and sizes of the sources' tensors, from the headers of their files alone."""
 
+import functools
 import itertools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
@@ -49,30 +50,52 @@ class HeaderShapes:
         return shapes.pop() if len(shapes) == 1 else None
 
     def dtypes(self) -> set[torch.dtype]:
-        """Of the merged tensors; empty where no header tells."""
-        known = {code: dtype for dtype, code in DTYPES.items()}
-        found = {output.out_dtype for output in self._plan.tensors.values()} - {None}
-        if found or self._plan.dtype:
-            return found or {getattr(torch, self._plan.dtype)}
-        entries = (e for headers in self._models.values() for e in headers.values())
-        return {known[entry["dtype"]] for entry in entries if entry["dtype"] in known}
+        """Of the merged tensors, as mergekit promotes their inputs; empty where no header tells."""
+        models = {**self._models, **self._origin()}
+        found = set()
+        for name, output in self._plan.tensors.items():
+            kinds = {
+                _dtype(self._plan.dtype or e["dtype"]) for e in self._entries(name, models).values()
+            }
+            kinds = {kind for kind in kinds if kind and kind.is_floating_point}
+            if output.out_dtype or kinds:
+                found.add(output.out_dtype or functools.reduce(torch.promote_types, kinds))
+        return found
 
-    def bytes(self, *, base: bool = False, prepared: bool = False) -> dict[str, int]:
+    def bytes(
+        self,
+        shapes: Mapping[str, Sequence[int]],  # of output tensors for which a header may not tell
+        *,
+        base: bool = False,
+        prepared: bool = False,
+    ) -> dict[str, int]:
         """Output tensor -> bytes of all sources' tensors for it, in the dtype that the YAML casts
         them to; with those of the `base` that is subtracted, and of the `prepared` differences."""
-        origin = {self._plan.base: _headers(self._plan.base)} if base else {}
-        models = {**self._models, **origin}
+        models = {**self._models, **(self._origin() if base else {})}
         result = {}
-        for name in self._plan.tensors:
-            entries = self._entries(name, models)
-            result[name] = sum(
-                prod(entry["shape"]) * BYTES.get(self._plan.dtype or entry["dtype"], 1)
-                for entry in entries.values()
-            )
-            if prepared:
-                own = [e for model, e in entries.items() if model in self._models]
-                result[name] += 4 * sum(prod(entry["shape"]) for entry in own)
+        for name, output in self._plan.tensors.items():
+            entries, own = self._entries(name, models), 0
+            for model in models.keys() & output.inputs.keys():
+                shape, code = self._told(entries.get(model), model, shapes.get(name, ()))
+                own += prod(shape) * BYTES.get(self._plan.dtype or code, 1)
+                own += 4 * prod(shape) if prepared and model in self._models else 0
+            result[name] = own
         return result
+
+    def _origin(self) -> dict[ModelReference, dict[str, dict]]:
+        """The base's headers, where it is no source."""
+        base = self._plan.base
+        return {base: _headers(base)} if base and base not in self._models else {}
+
+    def _told(
+        self, entry: dict | None, model: ModelReference, shape: Sequence[int]
+    ) -> tuple[Sequence[int], str]:
+        """Shape and dtype; of what is converted on loading, the merge's shape and the dtype of the
+        model's other tensors."""
+        if entry is not None:
+            return entry["shape"], entry["dtype"]
+        headers = self._models.get(model) or {"": {"dtype": ""}}
+        return shape or (0,), next(iter(headers.values()))["dtype"]
 
     def problems(self) -> Iterator[str]:
         """What the headers tell of sources that do not fit together, the first of each sort."""
@@ -167,6 +190,12 @@ def _headers(model: ModelReference) -> dict[str, dict]:
         else:
             result |= _archive_header(path)
     return result
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    """Of a header's or the YAML's word for it."""
+    known = {code: dtype for dtype, code in DTYPES.items()}
+    return known.get(name) or getattr(torch, name, None)
 
 
 def _archive_header(path: Path) -> dict[str, dict]:

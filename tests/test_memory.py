@@ -10,11 +10,15 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
+from mergekit_dam.errors import DamError
+from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.forecast import held, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.objective import Distillation
-from mergekit_dam.fit.place import choose_recompute
+from mergekit_dam.fit.place import choose_recompute, groups_of, place, require_memory
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model.activations import Activations
 
 QUIET = MergeOptions(quiet=True)
@@ -98,3 +102,77 @@ def test_auto_takes_the_fastest_that_fits(free, mode):
     assert f"recompute: {mode}, with about" in why
     settings = Settings(data=(), recompute="weights")
     assert choose_recompute(settings, needs, free) == ("weights", "")
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"tokenizer_source": "union"},
+        {"dam": {"formula": "task_vectors"}},
+        {"dam": {"formula": "task_vectors", "sparsify": "ties"}},
+    ],
+    ids=["plain", "cast", "union", "task vectors", "ties"],
+)
+def test_what_the_sources_take_is_foreseen(recipe, tmp_path, name, keys):
+    """To the byte, for converted layouts, too; one more for a vocabulary's padding at most."""
+    models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 3)
+    keys = {"dtype": "float32", "base_model": str(models[2]), **keys}
+    if "ties" in str(keys):
+        keys["parameters"] = {"coefficients": str(tmp_path / "c.safetensors"), "density": 0.5}
+    found = prepare(read_recipe(str(recipe(models[:2], **keys))), QUIET, device="cpu")
+    shapes = HeaderShapes(found.plan)
+    skeleton = merged_skeleton(found.plan, shapes)
+    expected = held(shapes, found.settings, skeleton)
+    for output in found.merged.coefficients():
+        inputs = found.merged.stack(output).load()
+        tensors = (*inputs.sources, *(inputs.prepared or ()))
+        tensors += () if inputs.base is None else (inputs.base,)
+        assert expected[output] == sum(t.nbytes for t in tensors), output
+    groups = groups_of(skeleton, expected)
+    assert sum(groups) > 0 and max(groups) <= sum(expected.values())
+    assert shapes.dtypes() == {found.merged.stack(n).dtype for n in found.merged.coefficients()}
+
+
+def place_on(monkeypatch, device: str, groups: list[int], *, gpu: int, host: int, **settings):
+    memory = {"cpu": host, device: gpu}
+    monkeypatch.setattr(place_module, "free_memory", memory.__getitem__)
+    kept = Activations(all=1000, largest=200, inputs=50, widest=20)
+    needs = Needs(tokens=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300)
+    return place(Settings(data=(), **settings), device, needs, sum(groups), groups)
+
+
+def test_where_a_fit_keeps_what_it_needs(monkeypatch):
+    groups = [5000, 20_000, 20_000, 20_000, 100, 5000]
+    large = place_on(monkeypatch, "cuda:0", groups, gpu=10**6, host=10**6)
+    assert (large.offload, large.sources, large.host) == ("none", 70_100, 0)
+    small = place_on(monkeypatch, "cuda:0", groups, gpu=70_000, host=10**6)
+    assert (small.offload, small.sources, small.host) == ("cpu", 60_000, 70_100)
+    assert "70.1 KB of host memory" in str(small) and "offload: cpu, since" in small.told[0]
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")  # each process keeps them
+    shared = place_on(monkeypatch, "cuda:0", groups, gpu=70_000, host=10**6)
+    assert (shared.offload, shared.sources, shared.host) == ("disk", 20_000, 0)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE")
+    mapped = place_on(monkeypatch, "cpu", groups, gpu=10**6, host=10**6)
+    assert (mapped.offload, mapped.sources, mapped.mapped) == ("none", 0, 70_100)
+
+
+def test_what_does_not_fit_names_a_remedy(monkeypatch):
+    groups = [5000, 20_000, 20_000, 20_000]
+    for settings, remedy in (
+        ({"recompute": "none", "offload": "cpu"}, "recompute: block"),
+        ({"recompute": "block", "offload": "none"}, "offload: cpu"),
+        ({"recompute": "block", "offload": "cpu"}, "offload: disk"),
+        ({"recompute": "block", "offload": "disk"}, "batch_size"),
+    ):
+        found = place_on(monkeypatch, "cuda:0", groups, gpu=4000, host=10**6, **settings)
+        with pytest.raises(DamError, match=remedy):
+            require_memory(found, Settings(data=(), **settings))
+
+
+def test_rows_of_the_start():
+    assert Settings(data=()).calibration_rows == 32
+    assert Settings(data=(), steps=0).calibration_rows == 128
+    assert Settings(data=(), steps=0, calibration=7).calibration_rows == 7

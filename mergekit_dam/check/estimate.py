@@ -1,5 +1,6 @@
 """What a fit will need, from the plan and the headers alone."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -7,10 +8,12 @@ from typing import get_args
 from mergekit_dam.check.speed import step_seconds
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
+from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.forecast import computing_dtype, held, step_needs, where
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place
 from mergekit_dam.fit.start import counts, trained_tensors
+from mergekit_dam.fit.teachers import rows_of_a_fit
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.plan import Plan
@@ -49,7 +52,7 @@ class Estimate:
             f"{unreached if self.unreached_tensors else ''}"
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
             f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
-            f"{steps}, computed in about {self.seconds:.2g} s\n"
+            f"{steps}, and about {self.seconds:.2g} s\n"
             f"{self.place}\n"
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
             f"{f', states of the sources {size(self.states)}' if self.states else ''}"
@@ -68,8 +71,10 @@ def estimate(
     trained = sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings))
     text, dtype = plan.model_config.get_text_config(), computing_dtype(settings, shapes, device)
     found = step_needs(plan, settings, shapes, skeleton, device, data)
-    is_kept = settings.teacher == "cached"
-    states = sum(len(row) for own in data for row in own.train) * text.hidden_size * dtype.itemsize
+    sees_all = settings.teacher == "cached" and len(data) == len(plan.teachers)
+    rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
+    states = sum(map(len, itertools.chain(*rows))) * text.hidden_size * dtype.itemsize
+    has_steps = settings.max_steps != 0
     return Estimate(
         sources=len(plan.teachers),
         has_base=plan.has_base,
@@ -78,14 +83,14 @@ def estimate(
         unreached_tensors=len(numbers.keys() - skeleton.roles.keys()),
         coefficients=sum(numbers.values()),
         trained=trained,
-        weights=sum(held(shapes, settings).values()),
+        weights=sum(held(shapes, settings, skeleton).values()),
         tokens=found.tokens,
         step={mode: found.of(mode) for mode in get_args(Recompute)},
         seconds=step_seconds(found, text.hidden_size, len(plan.sources), dtype, device),
         file=4 * sum(numbers.values()),
         # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
-        checkpoints=int(8 * trained * (3 + 2 / len(plan.sources))),
-        states=states if is_kept else 0,
+        checkpoints=int(8 * trained * (3 + 2 / len(plan.sources))) * has_steps,
+        states=states * has_steps,
         place=where(settings, shapes, skeleton, device, found),
     )
 

@@ -71,11 +71,14 @@ def longest_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> 
 def where(
     settings: Settings, shapes: HeaderShapes, skeleton: Skeleton, device: str, found: Needs
 ) -> Place:
-    return place(settings, device, found, groups_of(skeleton, held(shapes, settings)))
+    sizes = held(shapes, settings, skeleton)
+    return place(settings, device, found, sum(sizes.values()), groups_of(skeleton, sizes))
 
 
-def held(shapes: HeaderShapes, settings: Settings) -> dict[str, int]:
+def held(shapes: HeaderShapes, settings: Settings, skeleton: Skeleton) -> dict[str, int]:
     """Output tensor -> bytes that a fit holds for it."""
     return shapes.bytes(
-        base=settings.formula == "task_vectors", prepared=settings.sparsify != "task_arithmetic"
+        {name: role.shape for name, role in skeleton.roles.items()},
+        base=settings.formula == "task_vectors",
+        prepared=settings.sparsify != "task_arithmetic",
     )

@@ -64,17 +64,21 @@ class Place:
 
     def __str__(self) -> str:
         host = f", and {size(self.host)} of host memory" if self.host else ""
-        mapped = f", beside {size(self.mapped)} of mapped files" if self.mapped else ""
+        mapped = (
+            f", beside {size(self.mapped)} of files that the system may drop" if self.mapped else ""
+        )
         return (
             f"on {self.device}: recompute: {self.recompute}, offload: {self.offload}, takes "
             f"{size(self.sources + self.step)}{mapped}{host}"
         )
 
 
-def place(settings: Settings, device: str, found: Needs, groups: Sequence[int]) -> Place:
-    """Where a fit keeps what it needs here. `groups` are the bytes of all sources' tensors for
-    each block, in the order of the forward pass."""
-    free, host, sources = free_memory(device), host_memory(), sum(groups)
+def place(
+    settings: Settings, device: str, found: Needs, sources: int, groups: Sequence[int]
+) -> Place:
+    """Where a fit keeps what it needs here. `sources` are the bytes of all their tensors, `groups`
+    those for each block, in the order of the forward pass."""
+    free, host = free_memory(device), host_memory()
     is_cuda = torch.device(device).type == "cuda"
     least = found.of("block" if settings.recompute == "auto" else settings.recompute)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
@@ -115,6 +119,7 @@ def require_memory(found: Place, settings: Settings) -> None:
     remedies = {
         "`dam.recompute: block`": settings.recompute not in ("auto", "block"),
         "`dam.offload: cpu`": found.offload == "none" and torch.device(found.device).type == "cuda",
+        "`dam.offload: disk`": found.offload == "cpu" and found.sources > free,
         "a smaller `dam.batch_size` or `dam.max_length`": True,
     }
     remedy = next(setting for setting, helps in remedies.items() if helps)

@@ -58,16 +58,18 @@ def prepare(
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
-    settings = settings.model_copy(
-        update={"start": choose_start(settings, plan), "use_base": plan.has_base}
-    )
+    found = {"start": choose_start(settings, plan), "use_base": plan.has_base}
+    if found["start"] == "least_squares":
+        found["calibration"] = settings.calibration_rows
+    settings = settings.model_copy(update=found)
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     if data is None:
         data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
     found, chosen = foresee(plan, settings, data, device)
-    require_memory(chosen, settings)
+    if settings.max_steps:
+        require_memory(chosen, settings)
     for sentence in chosen.told:
         _say(sentence, options)
     weights = SourceWeights(
