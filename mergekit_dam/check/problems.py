@@ -22,7 +22,7 @@ from mergekit_dam.config.data_settings import EVERY
 from mergekit_dam.config.recipe import data_entries, match_reference
 from mergekit_dam.data import SourceData, benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.device import choose_device
+from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.forecast import merged_skeleton
 from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import start_problems, starting_weights
@@ -89,6 +89,7 @@ def check(
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
             if in_full:
+                choose_threads(plan.model_config, choose_device(device), options.num_threads)
                 found = estimate(plan, settings, shapes, skeleton, choose_device(device), data)
                 result = Outlook(found, tuple(previews))
         except DamError as error:

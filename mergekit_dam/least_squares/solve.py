@@ -17,7 +17,8 @@ from mergekit_dam.model import Inputs
 
 Coefficients = dict[str, Tensor]  # output tensor -> [n, *B], of the n sources that have it
 
-JITTER = 1e-6  # of a block's largest entry: float32 rounds one of rank one to below that
+JITTER = 1e-6  # of a block's largest entry: float32 mostly rounds one of rank one to below that
+TRIES = 7  # up to the largest entry itself
 
 
 class Problem:
@@ -159,8 +160,8 @@ class _Blocks:
             self._penalties[name] = ridge * float(diagonal.mean())
             largest = diagonal.amax(-1, keepdim=True)
             # Where no token reaches there is no derivative, and no residual either.
-            diagonal.add_(self._penalties[name] + JITTER * largest + (largest == 0))
-            self._factors[name] = torch.linalg.cholesky(blocks)
+            diagonal.add_(self._penalties[name] + (largest == 0))
+            self._factors[name] = _factors(blocks, largest)
 
     def solved(self, residual: Coefficients) -> Coefficients:
         return {name: self._solved(name, r) for name, r in residual.items()}
@@ -173,6 +174,18 @@ class _Blocks:
     def penalty(self, offset: Coefficients) -> Coefficients:
         """The gradient of the penalty at an offset from the start."""
         return {name: self._penalties[name] * c for name, c in offset.items()}
+
+
+def _factors(blocks: Tensor, largest: Tensor) -> Tensor:
+    """Cholesky factors [*B, n, n], with as little on the diagonal as they need: identical sources
+    make blocks that are singular but for rounding. `largest` are the blocks' entries [*B, 1]."""
+    jitter = JITTER * largest.expand(blocks.shape[:-1])
+    for _ in range(TRIES):
+        factors, failed = torch.linalg.cholesky_ex(blocks + torch.diag_embed(jitter))
+        if not failed.any():
+            break
+        jitter = torch.where(failed[..., None] > 0, 10 * jitter, jitter)
+    return factors
 
 
 def _plus(one: Coefficients, other: Coefficients, factor: float = 1.0) -> Coefficients:
