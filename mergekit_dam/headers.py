@@ -24,6 +24,7 @@ BYTES = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
 }  # fmt: skip
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS = {code: dtype for dtype, code in DTYPES.items()}
 
 
 class HeaderShapes:
@@ -51,7 +52,7 @@ class HeaderShapes:
 
     def dtypes(self) -> set[torch.dtype]:
         """Of the merged tensors, as mergekit promotes their inputs; empty where no header tells."""
-        models = {**self._models, **self._origin()}
+        models = {**self._models, **self._origin}
         found = set()
         for name, output in self._plan.tensors.items():
             kinds = {
@@ -71,7 +72,7 @@ class HeaderShapes:
     ) -> dict[str, int]:
         """Output tensor -> bytes of all sources' tensors for it, in the dtype that the YAML casts
         them to; with those of the `base` that is subtracted, and of the `prepared` differences."""
-        models = {**self._models, **(self._origin() if base else {})}
+        models = {**self._models, **(self._origin if base else {})}
         result = {}
         for name, output in self._plan.tensors.items():
             entries, own = self._entries(name, models), 0
@@ -82,6 +83,7 @@ class HeaderShapes:
             result[name] = own
         return result
 
+    @functools.cached_property
     def _origin(self) -> dict[ModelReference, dict[str, dict]]:
         """The base's headers, where it is no source."""
         base = self._plan.base
@@ -194,8 +196,7 @@ def _headers(model: ModelReference) -> dict[str, dict]:
 
 def _dtype(name: str) -> torch.dtype | None:
     """Of a header's or the YAML's word for it."""
-    known = {code: dtype for dtype, code in DTYPES.items()}
-    return known.get(name) or getattr(torch, name, None)
+    return KINDS.get(name) or getattr(torch, name, None)
 
 
 def _archive_header(path: Path) -> dict[str, dict]:

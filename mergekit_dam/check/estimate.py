@@ -9,10 +9,10 @@ from mergekit_dam.check.speed import step_seconds
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import computing_dtype, held, step_needs, where
+from mergekit_dam.fit.forecast import foresee
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place
-from mergekit_dam.fit.start import counts, trained_tensors
+from mergekit_dam.fit.start import trained_tensors
 from mergekit_dam.fit.teachers import rows_of_a_fit
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import Recompute, Skeleton
@@ -67,31 +67,30 @@ def estimate(
     device: str,
     data: Sequence[SourceData] = (),  # of each source, where all were read
 ) -> Estimate:
-    numbers = counts(plan, settings, shapes, skeleton)
-    trained = sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings))
-    text, dtype = plan.model_config.get_text_config(), computing_dtype(settings, shapes, device)
-    found = step_needs(plan, settings, shapes, skeleton, device, data)
+    found = foresee(plan, settings, shapes, skeleton, device, data)
+    width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
     sees_all = settings.teacher == "cached" and len(data) == len(plan.teachers)
     rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
-    states = sum(map(len, itertools.chain(*rows))) * text.hidden_size * dtype.itemsize
+    states = sum(map(len, itertools.chain(*rows))) * width * dtype.itemsize
     has_steps = settings.max_steps != 0
+    coefficients = sum(found.numbers.values())
     return Estimate(
         sources=len(plan.teachers),
         has_base=plan.has_base,
-        output_tensors=len(numbers),
+        output_tensors=len(found.numbers),
         trained_tensors=len(trained_tensors(skeleton, settings)),
-        unreached_tensors=len(numbers.keys() - skeleton.roles.keys()),
-        coefficients=sum(numbers.values()),
-        trained=trained,
-        weights=sum(held(shapes, settings, skeleton).values()),
-        tokens=found.tokens,
-        step={mode: found.of(mode) for mode in get_args(Recompute)},
-        seconds=step_seconds(found, text.hidden_size, len(plan.sources), dtype, device),
-        file=4 * sum(numbers.values()),
+        unreached_tensors=len(found.numbers.keys() - skeleton.roles.keys()),
+        coefficients=coefficients,
+        trained=found.trained,
+        weights=sum(found.sizes.values()),
+        tokens=found.needs.tokens,
+        step={mode: found.needs.of(mode) for mode in get_args(Recompute)},
+        seconds=step_seconds(found.needs, width, len(plan.sources), dtype, device),
+        file=4 * coefficients,
         # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
-        checkpoints=int(8 * trained * (3 + 2 / len(plan.sources))) * has_steps,
+        checkpoints=int(8 * found.trained * (3 + 2 / len(plan.sources))) * has_steps,
         states=states * has_steps,
-        place=where(settings, shapes, skeleton, device, found),
+        place=found.place,
     )
 
 

@@ -89,8 +89,9 @@ def check(
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
             if in_full:
-                choose_threads(plan.model_config, choose_device(device), options.num_threads)
-                found = estimate(plan, settings, shapes, skeleton, choose_device(device), data)
+                chosen = choose_device(device)
+                choose_threads(plan.model_config, chosen, options.num_threads)
+                found = estimate(plan, settings, shapes, skeleton, chosen, data)
                 result = Outlook(found, tuple(previews))
         except DamError as error:
             problems.append(error.message)

@@ -1,6 +1,7 @@
 """What a fit will need, from the headers of the sources' files alone."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -15,14 +16,16 @@ from mergekit_dam.model import Skeleton, build_skeleton
 from mergekit_dam.plan import Plan
 
 
-def foresee(
-    plan: Plan, settings: Settings, data: Sequence[SourceData], device: str
-) -> tuple[Needs, Place]:
-    """Of a step, and where the fit keeps what it needs."""
-    shapes = HeaderShapes(plan)
-    skeleton = merged_skeleton(plan, shapes)
-    found = step_needs(plan, settings, shapes, skeleton, device, data)
-    return found, where(settings, shapes, skeleton, device, found)
+@dataclass(frozen=True)
+class Forecast:
+    """What a fit will need here."""
+
+    numbers: dict[str, int]  # output tensor -> numbers that its coefficients have
+    trained: int  # of these numbers
+    dtype: torch.dtype  # of the forward pass
+    sizes: dict[str, int]  # output tensor -> bytes that the fit holds for it
+    needs: Needs  # of a step
+    place: Place
 
 
 def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
@@ -34,30 +37,31 @@ def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
     )
 
 
-def step_needs(
+def foresee(
     plan: Plan,
     settings: Settings,
     shapes: HeaderShapes,
     skeleton: Skeleton,
     device: str,
     data: Sequence[SourceData],  # of each source, where all were read
-) -> Needs:
+) -> Forecast:
     numbers = counts(plan, settings, shapes, skeleton)
+    trained = sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings))
+    dtype = choose_dtype(settings, shapes.dtypes(), device)
+    sizes = held(shapes, settings, skeleton)
     longest = longest_rows(plan, settings, data)
-    return needs(
+    found = needs(
         plan.model_config,
         skeleton,
-        computing_dtype(settings, shapes, device),
+        dtype,
         [settings.batch_size * length for length in longest],
         settings.objective,
-        sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings)),
+        trained,
         longest=max(longest),
         trust_remote_code=plan.options.trust_remote_code,
     )
-
-
-def computing_dtype(settings: Settings, shapes: HeaderShapes, device: str) -> torch.dtype:
-    return choose_dtype(settings, shapes.dtypes(), device)
+    where = place(settings, device, found, sum(sizes.values()), groups_of(skeleton, sizes))
+    return Forecast(numbers, trained, dtype, sizes, found, where)
 
 
 def longest_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[int]:
@@ -66,13 +70,6 @@ def longest_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> 
         return [max(len(row) for row in own.train) for own in data]
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
     return [min(settings.max_length, positions or settings.max_length)] * len(plan.teachers)
-
-
-def where(
-    settings: Settings, shapes: HeaderShapes, skeleton: Skeleton, device: str, found: Needs
-) -> Place:
-    sizes = held(shapes, settings, skeleton)
-    return place(settings, device, found, sum(sizes.values()), groups_of(skeleton, sizes))
 
 
 def held(shapes: HeaderShapes, settings: Settings, skeleton: Skeleton) -> dict[str, int]:

@@ -15,13 +15,14 @@ from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads, take
-from mergekit_dam.fit.forecast import foresee
+from mergekit_dam.fit.forecast import foresee, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.place import require_memory
 from mergekit_dam.fit.resume import digest, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
 from mergekit_dam.fit.trainer import is_main_process
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
 from mergekit_dam.sources import describe
@@ -58,26 +59,27 @@ def prepare(
     if options.quiet:
         datasets.disable_progress_bars()
     plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
-    found = {"start": choose_start(settings, plan), "use_base": plan.has_base}
-    if found["start"] == "least_squares":
-        found["calibration"] = settings.calibration_rows
-    settings = settings.model_copy(update=found)
+    resolved = {"start": choose_start(settings, plan), "use_base": plan.has_base}
+    if resolved["start"] == "least_squares":
+        resolved["calibration"] = settings.calibration_rows
+    settings = settings.model_copy(update=resolved)
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     if data is None:
         data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
-    found, chosen = foresee(plan, settings, data, device)
+    shapes = HeaderShapes(plan)
+    found = foresee(plan, settings, shapes, merged_skeleton(plan, shapes), device, data)
     if settings.max_steps:
-        require_memory(chosen, settings)
-    for sentence in chosen.told:
+        require_memory(found.place, settings)
+    for sentence in found.place.told:
         _say(sentence, options)
     weights = SourceWeights(
         plan,
         needs_base=settings.formula == "task_vectors",
         preparation=preparation,
         device=device,
-        offload=chosen.offload,
+        offload=found.place.offload,
     )
     dtype = choose_dtype(settings, {weights[name].dtype for name in weights.names()}, device)
     skeleton = build_skeleton(
@@ -87,14 +89,14 @@ def prepare(
         trust_remote_code=options.trust_remote_code,
     )
     coefficients = start(plan, skeleton, weights, settings)
-    teachers = own_models(recipe, plan, dtype, device, chosen.offload)
+    teachers = own_models(recipe, plan, dtype, device, found.place.offload)
     trained = trained_tensors(skeleton, settings)
     merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
-    merged.recompute = chosen.recompute
+    merged.recompute = found.place.recompute
     header = _header(recipe, settings, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
-    return Fit(settings, plan, merged, data, same, header, found)
+    return Fit(settings, plan, merged, data, same, header, found.needs)
 
 
 def _say(sentence: str, options: MergeOptions) -> None:

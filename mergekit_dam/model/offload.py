@@ -149,12 +149,11 @@ class InHostMemory:
         if wanted != self._last[1]:
             self._followed[self._last] = wanted
             self._last = (self._last[1], wanted)
-            together = filter(None, (wanted, self._followed.get(self._last)))
+            together = {wanted, self._followed.get(self._last)} - {None}
             self._keep_pace()
-            copies, self._copies = self._copies, {}  # those before go first
-            self._copies = {key: copies.pop(key, None) for key in together}
-            copies.clear()
-            self._copies = {key: own or self._copy(key) for key, own in self._copies.items()}
+            # Those before go first.
+            self._copies = {key: own for key, own in self._copies.items() if key in together}
+            self._copies |= {key: self._copy(key) for key in together - self._copies.keys()}
         return self._copies[wanted].wait()
 
     def _keep_pace(self) -> None:

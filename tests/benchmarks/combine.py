@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import formula
 from tests.benchmarks.fit_step import SHAPES
-from tests.benchmarks.measuring import Peak, Step, alternate, machine, table
+from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
 
 FLOOR = "a copy of as many bytes"
 
@@ -33,7 +33,7 @@ def main(shape: str, sources: int, repeat: int, device: str | None) -> None:
         size = (SHAPES[shape].intermediate_size, SHAPES[shape].hidden_size)
         print(f"\n{sources} x {list(size)}, {dtype}\n")
         steps = _steps(size, sources, dtype, device)
-        peaks = {name: _peak(step, device) for name, step in steps.items()}
+        peaks = {name: peak_of(step, device) for name, step in steps.items()}
         several = {name: _several(step, device) for name, step in steps.items()}
         print(table(alternate(several, repeat, device), peaks, FLOOR))
 
@@ -92,13 +92,6 @@ def _several(step: Step, device: str) -> Step:
             step()
 
     return steps
-
-
-def _peak(step: Step, device: str) -> int:
-    step()
-    with Peak(device) as peak:
-        step()
-    return peak.most
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.teachers import KeptTeachers
 from tests import tiny
-from tests.benchmarks.measuring import Peak, Step, alternate, machine, table
+from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
 
 SHAPES = {
     "tiny": transformers.LlamaConfig(**tiny.SIZES),
@@ -72,17 +72,10 @@ def main(shape, sources, base, rows, length, repeat, device, offload, cap) -> No
         for where in offload:  # one at a time: the sources of two would not fit
             fit = _prepared(Path(folder), models, origin, ids, dtype, device, where)
             steps = {**plain, **_steps(fit, Path(folder), device, cap)}
-            peaks = {name: _peak(step, device) for name, step in steps.items()}
+            peaks = {name: peak_of(step, device) for name, step in steps.items()}
             predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
             print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
             del fit, steps
-
-
-def _peak(step: Step, device: str) -> int:
-    step()
-    with Peak(device) as peak:
-        step()
-    return peak.most
 
 
 def save(folder: Path, config, seed: int, dtype: torch.dtype) -> Path:

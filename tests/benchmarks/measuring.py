@@ -51,6 +51,14 @@ class Peak:
             self._watch.join()
 
 
+def peak_of(step: Step, device: str) -> int:
+    """The peak of a step after one to warm up."""
+    step()
+    with Peak(device) as peak:
+        step()
+    return peak.most
+
+
 class Live(TorchDispatchMode):
     """The most bytes that tensors made inside of this context have together, exactly: without an
     allocator's rounding and what it keeps."""

@@ -17,7 +17,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
 from tests.benchmarks.fit_step import SHAPES, save
-from tests.benchmarks.measuring import Peak, alternate, machine, table
+from tests.benchmarks.measuring import alternate, machine, peak_of, table
 
 QUIET = MergeOptions(quiet=True, write_model_card=False)
 
@@ -34,12 +34,7 @@ def main(shape, sources, repeat) -> None:
         models = [save(folder / f"m{n}", config, n, torch.bfloat16) for n in range(sources)]
         documents = {"linear": _linear(models), "dam": _dam(folder, models)}
         steps = {kind: _merge(folder / kind, own) for kind, own in documents.items()}
-        peaks = {}
-        for kind, step in steps.items():
-            step()
-            with Peak("cpu") as peak:
-                step()
-            peaks[kind] = peak.most
+        peaks = {kind: peak_of(step, "cpu") for kind, step in steps.items()}
         print(table(alternate(steps, repeat, "cpu"), peaks, "linear"))
 
 
