@@ -83,6 +83,13 @@ class HeaderShapes:
             result[name] = own
         return result
 
+    def whole(self, model: ModelReference) -> int:
+        """Bytes of all tensors of a source, in the dtype that the YAML casts them to."""
+        return sum(
+            prod(entry["shape"]) * BYTES.get(self._plan.dtype or entry["dtype"], 1)
+            for entry in self._models[model].values()
+        )
+
     @functools.cached_property
     def _origin(self) -> dict[ModelReference, dict[str, dict]]:
         """The base's headers, where it is no source."""

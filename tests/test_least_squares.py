@@ -1,5 +1,6 @@
 """The least-squares start: its solutions against dense ones, and what it does for a merge."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,17 @@ from mergekit_dam.least_squares import least_squares
 from mergekit_dam.least_squares.layers import layers
 from mergekit_dam.least_squares.objective import (
     EmbeddingObjective,
+    LayerObjective,
     LinearObjective,
     NormObjective,
 )
-from mergekit_dam.least_squares.solve import Problem, solve
+from mergekit_dam.least_squares.problem import Problem
+from mergekit_dam.least_squares.solve import solve
 from mergekit_dam.model import Block, Inputs
 
 QUIET = MergeOptions(quiet=True)
 GRANULARITIES = ("column", "row", "tensor", "element")
-OUT, IN, N = 5, 4, 3
+OUT, IN, N, TOKENS = 5, 4, 3, 40
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -44,10 +47,15 @@ def tensors(*shape: int, base: bool = False, seed: int = 0) -> Inputs:
     return Inputs(sources, subtracted, None)
 
 
-def linear(axis: int, bias: bool, tokens: int = 40) -> LinearObjective:
+def tokens() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """What goes into a layer and what should come out, of each source."""
+    return [(random(TOKENS, IN, seed=n), random(TOKENS, OUT, seed=n + 5)) for n in range(N)]
+
+
+def linear(axis: int, bias: bool) -> LinearObjective:
     objective = LinearObjective("w", "b" if bias else None, axis)
-    for seed in range(N):
-        objective.add(random(tokens, IN, seed=seed), random(tokens, OUT, seed=seed + 5), 1 / tokens)
+    for x, y in tokens():
+        objective.add(x, y, 1 / TOKENS)
     return objective
 
 
@@ -67,22 +75,28 @@ def starts(layer: dict[str, Inputs], granularity: str, axis: int = -1) -> dict[s
     }
 
 
-def dense(problem: Problem, start: dict[str, torch.Tensor], ridge: float) -> torch.Tensor:
-    """All coefficients, by the normal equations: f's second derivatives by autograd."""
+Layer = dict[str, Inputs]
+Coefficients = dict[str, torch.Tensor]
+Loss = Callable[[Coefficients], torch.Tensor]  # of a layer's weights
+
+
+def weights_of(layer: Layer, coefficients: Coefficients) -> Coefficients:
+    weights = {}
+    for name, c in coefficients.items():
+        s = layer[name]
+        base = 0 if s.base is None else s.base
+        weights[name] = base + sum(k * (d - base) for k, d in zip(c, s.sources, strict=True))
+    return weights
+
+
+def dense(loss: Loss, layer: Layer, start: Coefficients, ridge: float) -> torch.Tensor:
+    """All coefficients, by the normal equations of what the layer should compute: the second
+    derivatives by autograd."""
     sizes = [c.numel() for c in start.values()]
 
     def f(flat: torch.Tensor) -> torch.Tensor:
-        parts = flat.split(sizes)
-        weights = {}
-        for (name, c), part in zip(start.items(), parts, strict=True):
-            s = problem._inputs[name]
-            base = 0 if s.base is None else s.base
-            factors = part.reshape(c.shape)
-            weights[name] = base + sum(
-                k * (d - base) for k, d in zip(factors, s.sources, strict=True)
-            )
-        product, target = problem.objective.product(weights), problem.objective.target()
-        return sum((w * (product[n] / 2 - target[n])).sum() for n, w in weights.items())
+        parts = zip(start.items(), flat.split(sizes), strict=True)
+        return loss(weights_of(layer, {name: part.reshape(c.shape) for (name, c), part in parts}))
 
     flat = torch.cat([c.flatten() for c in start.values()])
     hessian = torch.autograd.functional.hessian(f, flat)
@@ -92,39 +106,79 @@ def dense(problem: Problem, start: dict[str, torch.Tensor], ridge: float) -> tor
     return flat - torch.linalg.solve(hessian + torch.diag(penalty), gradient)
 
 
+def require_the_dense_solution(
+    objective: LayerObjective, loss: Loss, layer: Layer, start: Coefficients
+) -> None:
+    problem = Problem(objective, layer, torch.float64)
+    found = solve(problem, start, 0.01, iterations=500, tolerance=1e-9)
+    flat = torch.cat([c.flatten() for c in found.values()])
+    expected = dense(loss, layer, start, 0.01)
+    torch.testing.assert_close(flat, expected, rtol=2e-4, atol=2e-4)
+    for coefficients in (start, found):
+        expected = float(loss(weights_of(layer, coefficients)))
+        assert problem.value(coefficients) == pytest.approx(expected)
+
+
+@pytest.fixture(params=[2**24, 2 * IN, 1], ids=["whole", "two outputs", "one output"])
+def part(request, monkeypatch) -> None:
+    """How many numbers of a weight are worked on at a time."""
+    monkeypatch.setattr("mergekit_dam.least_squares.objective.PART", request.param)
+
+
 @pytest.mark.parametrize("base", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("axis", [-1, -2])
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_a_solution_is_that_of_the_normal_equations(granularity, axis, bias, base):
+def test_a_solution_is_that_of_the_normal_equations(part, granularity, axis, bias, base):
     shape = (OUT, IN) if axis == -1 else (IN, OUT)
     layer = {"w": tensors(*shape, base=base)} | ({"b": tensors(OUT, base=base)} if bias else {})
-    problem = Problem(linear(axis, bias), layer, torch.float64)
+
+    def loss(weights: Coefficients) -> torch.Tensor:
+        w = weights["w"] if axis == -1 else weights["w"].T
+        made = [x @ w.T + weights.get("b", 0) for x, _ in tokens()]
+        errors = zip(made, tokens(), strict=True)
+        return sum((y - wanted).square().sum() for y, (_, wanted) in errors) / 2 / TOKENS
+
     start = starts(layer, granularity, axis)
-    found = solve(problem, start, 0.01, iterations=500, tolerance=1e-9)
-    flat = torch.cat([c.flatten() for c in found.values()])
-    torch.testing.assert_close(flat, dense(problem, start, 0.01), rtol=2e-4, atol=2e-4)
+    require_the_dense_solution(linear(axis, bias), loss, layer, start)
 
 
-@pytest.mark.parametrize("kind", ["embedding", "norm"])
-def test_embeddings_and_norms_have_theirs_too(kind):
-    if kind == "embedding":
-        layer, objective = {"w": tensors(6, IN)}, EmbeddingObjective("w")
-        for source in range(N):
-            counts = torch.randint(0, 4, (6,), generator=torch.Generator().manual_seed(source))
-            objective.add(counts, layer["w"].sources[source], 0.1)
-    else:
-        layer, objective = {"w": tensors(IN), "b": tensors(IN, seed=3)}, NormObjective("w", "b")
-        for source in range(N):
-            objective.add(random(30, IN, seed=source), random(30, IN, seed=source + 4), 0.1)
-    problem, start = Problem(objective, layer, torch.float64), starts(layer, "column")
-    found = solve(problem, start, 0.01, iterations=500, tolerance=1e-9)
-    flat = torch.cat([c.flatten() for c in found.values()])
-    torch.testing.assert_close(flat, dense(problem, start, 0.01), rtol=2e-4, atol=2e-4)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_embeddings_have_theirs_too(part, granularity):
+    layer, objective = {"w": tensors(6, IN)}, EmbeddingObjective("w")
+    generator, counts = torch.Generator().manual_seed(0), []
+    for source in layer["w"].sources:
+        counts.append(torch.randint(0, 4, (6,), generator=generator))
+        counts[-1][2] = 0  # a token that never comes
+        objective.add(counts[-1] // 2, source, 0.1)  # rows come in several calls
+        objective.add(counts[-1] - counts[-1] // 2, source, 0.1)
+
+    def loss(weights: Coefficients) -> torch.Tensor:
+        wanted = zip(counts, layer["w"].sources, strict=True)
+        return sum((n[:, None] * (weights["w"] - y).square()).sum() / 20 for n, y in wanted)
+
+    start = starts(layer, granularity)
+    if granularity in ("column", "tensor"):
+        require_the_dense_solution(objective, loss, layer, start)
+        return
+    found = solve(Problem(objective, layer, torch.float64), start, 0.01)["w"]
+    assert (found[:, 2] == start["w"][:, 2]).all() and (found != start["w"]).any()
+
+
+def test_norms_have_theirs_too():
+    layer, objective = {"w": tensors(IN), "b": tensors(IN, seed=3)}, NormObjective("w", "b")
+    rows = [(random(30, IN, seed=source), random(30, IN, seed=source + 4)) for source in range(N)]
+    for x, y in rows:
+        objective.add(x, y, 0.1)
+
+    def loss(weights: Coefficients) -> torch.Tensor:
+        return sum((x * weights["w"] + weights["b"] - y).square().sum() / 20 for x, y in rows)
+
+    require_the_dense_solution(objective, loss, layer, starts(layer, "column"))
 
 
 @pytest.mark.parametrize("granularity", ["column", "row", "tensor"])
-def test_known_coefficients_are_recovered(granularity):
+def test_known_coefficients_are_recovered(part, granularity):
     layer = {"w": tensors(OUT, IN)}
     start = starts(layer, granularity)
     known = {"w": random(*start["w"].shape, seed=7)}
@@ -229,7 +283,7 @@ def test_padding_counts_for_nothing(recipe, models):
     results = []
     for chunk in (4096, 1):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("mergekit_dam.least_squares.walk.CHUNK", chunk)
+            patch.setattr("mergekit_dam.least_squares.rows.CHUNK", chunk)
             results.append(solved(recipe(models)).merged.coefficients())
     for name, c in results[0].items():
         torch.testing.assert_close(c, results[1][name], rtol=0.02, atol=0.01, msg=name)

@@ -1,11 +1,13 @@
-"""What a step takes, as it is predicted and as it is."""
+"""What a fit takes, as it is predicted and as it is."""
 
+import itertools
+import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import transformers
-from benchmarks.measuring import Live
 from mergekit.options import MergeOptions
 
 from mergekit_dam.config import Settings, read_recipe
@@ -19,7 +21,9 @@ from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.place import choose_recompute, groups_of, place, require_memory
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.least_squares import least_squares
 from mergekit_dam.model.activations import Activations
+from mergekit_dam.model.live import Live
 
 QUIET = MergeOptions(quiet=True)
 MODES = ("block", "weights", "none")
@@ -48,12 +52,16 @@ STEPS = {
 }  # fmt: skip
 
 
-def prepared(recipe, folder: Path, config, length: int, dam: dict):
+def prepared(recipe, folder: Path, config, rows: list[list[Row]], **dam):
     models = tiny.save_models(folder, config, SOURCES)
-    rows = [Row([number + 1] * length) for number in range(SOURCES)]
-    data = [SourceData([row], [row]) for row in rows]
+    data = [SourceData(own, own[:1]) for own in rows]
     path = recipe(models, dam={"batch_size": 1, **dam})
-    found = prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
+    return prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
+
+
+def stepping(recipe, folder: Path, config, length: int, dam: dict):
+    rows = [Row([number + 1] * length) for number in range(SOURCES)]
+    found = prepared(recipe, folder, config, [[row] for row in rows], **dam)
     step = Distillation(found.merged, found.settings.objective)
     inputs = batch(rows, list(range(SOURCES)))
 
@@ -67,7 +75,7 @@ def prepared(recipe, folder: Path, config, length: int, dam: dict):
 def compare(recipe, folder: Path, name: str, dam: dict) -> None:
     """Within 15 %, counted tensor by tensor."""
     config, length = STEPS[name]
-    found, step = prepared(recipe, folder, config, length, dam)
+    found, step = stepping(recipe, folder, config, length, dam)
     for mode in MODES:
         found.merged.recompute = mode
         step()
@@ -88,6 +96,38 @@ def test_so_do_other_terms(recipe, tmp_path, terms):
     compare(
         recipe, tmp_path, "vocabulary", {"objective": {"kl": 0, **dict.fromkeys(terms.split(), 1)}}
     )
+
+
+# name -> tokens of the longest row, rows, whether the others are shorter
+STARTS = {
+    "activations": (512, 6, False),
+    "weights": (8, 8, True),
+    "vocabulary": (64, 8, False),
+    "chunks": (200, 2, True),
+    "tied": (64, 8, True),
+    "gemma3": (64, 8, True),
+    "every pair of tokens": (300, 4, False),
+    "head": (8, 8, True),
+    "gpt2": (100, 8, True),
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_start_takes_what_was_predicted(recipe, tmp_path, name):
+    """Within 15 %, counted tensor by tensor."""
+    config, (longest, count, vary) = STEPS[name][0], STARTS[name]
+    vocabulary, draw = config.get_text_config().vocab_size, random.Random(0)
+    rows = [
+        [
+            Row(draw.choices(range(3, vocabulary), k=longest - number % 5 * vary))
+            for number in range(count)
+        ]
+        for _ in range(SOURCES)
+    ]
+    found = prepared(recipe, tmp_path, config, rows, start="least_squares")
+    with Live() as live:
+        least_squares(found.merged, rows)
+    assert found.place.start == pytest.approx(live.most, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -159,17 +199,84 @@ def test_where_a_fit_keeps_what_it_needs(monkeypatch):
     assert (mapped.offload, mapped.sources, mapped.mapped) == ("none", 0, 70_100)
 
 
-def test_what_does_not_fit_names_a_remedy(monkeypatch):
+def refused(monkeypatch, *, needs=None, **settings) -> str:
+    """What is said to a fit whose settings do not fit beside 4 KB; `needs` tells what others
+    need, by their settings."""
+    groups, chosen = [500, 2000, 2000, 2000], Settings(data=(), **settings)
+
+    def again(changed: Settings):
+        found = place_on(monkeypatch, "cuda:0", groups, gpu=6000, host=10**4)
+        return replace(found, step=(needs or {}).get(settings_of(changed, chosen), 10**6))
+
+    found = place_on(monkeypatch, "cuda:0", groups, gpu=6000, host=10**4, **settings)
+    with pytest.raises(DamError) as error:
+        require_memory(replace(found, step=10**6), chosen, again)
+    return error.value.message
+
+
+def settings_of(changed: Settings, before: Settings) -> str:
+    own = {k: v for k, v in changed.model_dump().items() if v != before.model_dump()[k]}
+    return ", ".join(f"{key} {value}" for key, value in own.items())
+
+
+@pytest.mark.parametrize(
+    "settings, helps, told",
+    [
+        ({"recompute": "none"}, "recompute block", "set `dam.recompute: block`."),
+        ({"offload": "none"}, "offload cpu", "set `dam.offload: cpu`."),
+        ({"offload": "cpu"}, "offload disk", "set `dam.offload: disk`."),
+        (
+            {"recompute": "none", "offload": "none"},
+            "offload disk, recompute block",
+            "set `dam.recompute: block` and `dam.offload: disk`.",
+        ),
+        ({"batch_size": 8}, "batch_size 2", "set `dam.batch_size: 2`."),
+        (
+            {},
+            "max_length 256, batch_size 1",
+            "set `dam.batch_size: 1` and `dam.max_length: 256`.",
+        ),
+        ({}, "nothing", "no setting would fit."),
+    ],
+)
+def test_what_does_not_fit_names_a_remedy_that_is_one(monkeypatch, settings, helps, told):
+    names = [", ".join(order) for order in itertools.permutations(helps.split(", "))]
+    message = refused(monkeypatch, needs=dict.fromkeys(names, 0), **settings)
+    assert message.startswith("A step needs about 1 MB of memory beside the sources")
+    assert message.endswith(told)
+
+
+def test_a_start_that_does_not_fit_is_smaller_or_another(monkeypatch):
+    found = place_on(monkeypatch, "cpu", [5], gpu=10**6, host=10**6)
+    large = replace(found, start=10**7)
+    for fits, told in (("calibration", "`dam.calibration: 8`"), ("start", "`dam.start: average`")):
+
+        def again(changed: Settings, fits: str = fits):
+            small = changed.calibration == 8 if fits == "calibration" else changed.start
+            return found if small else large
+
+        with pytest.raises(DamError, match=told) as error:
+            require_memory(large, Settings(data=()), again)
+        assert error.value.message.startswith("The least-squares start needs about 10 MB")
+
+
+def test_sources_that_host_memory_does_not_hold(monkeypatch):
     groups = [5000, 20_000, 20_000, 20_000]
-    for settings, remedy in (
-        ({"recompute": "none", "offload": "cpu"}, "recompute: block"),
-        ({"recompute": "block", "offload": "none"}, "offload: cpu"),
-        ({"recompute": "block", "offload": "cpu"}, "offload: disk"),
-        ({"recompute": "block", "offload": "disk"}, "batch_size"),
-    ):
-        found = place_on(monkeypatch, "cuda:0", groups, gpu=4000, host=10**6, **settings)
-        with pytest.raises(DamError, match=remedy):
-            require_memory(found, Settings(data=(), **settings))
+    found = place_on(monkeypatch, "cuda:0", groups, gpu=10**5, host=10**4, offload="cpu")
+    with pytest.raises(DamError, match=r"need 65 KB of host memory .* set `dam.offload: disk`"):
+        require_memory(
+            found,
+            Settings(data=(), offload="cpu"),
+            lambda changed: replace(found, host=0 if changed.offload == "disk" else found.host),
+        )
+
+
+def test_too_little_memory_for_a_start_ends_before_it(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, STEPS["head"][0], SOURCES)
+    path = recipe(models, dam={"start": "least_squares"})
+    monkeypatch.setattr(place_module, "free_memory", lambda device: 100 * 10**6)
+    with pytest.raises(DamError, match=r"start needs about .* set `dam.start: average`"):
+        prepare(read_recipe(str(path)), QUIET, device="cpu")
 
 
 def test_rows_of_the_start():

@@ -10,7 +10,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import Settings, read_recipe
-from mergekit_dam.fit import fit, memory, place
+from mergekit_dam.fit import fit, place
 from mergekit_dam.fit.place import choose_offload
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block
@@ -119,21 +119,17 @@ def test_auto_is_told_on_the_command_line(recipe, tmp_path, monkeypatch):
 
 def test_too_little_memory_is_told_before_the_first_step(recipe, tmp_path, monkeypatch):
     models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
-    monkeypatch.setattr(memory, "psutil", _Little)
     path = recipe(models, dam={"recompute": "none", "offload": "none"})
-    message = refusal("mergekit-dam", "fit", path)
-    assert "20 KB" in message and "dam.recompute: block" in message
+    needs = prepare(read_recipe(str(path)), QUIET, device="cpu").needs
+
+    def told(free: int) -> str:
+        monkeypatch.setattr(place, "free_memory", lambda device: free)
+        return refusal("mergekit-dam", "fit", path)
+
+    assert told(needs.of("block")).endswith("free on cpu: set `dam.recompute: block`.")
     path = recipe(models, dam={"recompute": "block"})
-    assert "dam.batch_size" in refusal("mergekit-dam", "fit", path)
-
-
-class _Little:
-    @staticmethod
-    def virtual_memory():
-        class Memory:
-            available = 20_000
-
-        return Memory
+    assert told(needs.of("block") - 1).endswith("set `dam.batch_size: 1`.")
+    assert told(1000).endswith("0 B are free on cpu: no setting would fit.")
 
 
 def test_an_arena_holds_copies_one_after_the_other():

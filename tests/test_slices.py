@@ -14,7 +14,9 @@ from mergekit.options import MergeOptions
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
+from mergekit_dam.fit.forecast import own_models
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.headers import HeaderShapes
 
 QUIET = MergeOptions(quiet=True)
 CONFIG = transformers.LlamaConfig(**{**tiny.SIZES, "num_hidden_layers": 4})
@@ -52,6 +54,9 @@ def test_a_slices_merge_is_fitted_and_merged(recipe, models, tmp_path, layout):
     read = read_recipe(str(path))
     fit(read, read.coefficients, QUIET, device="cpu")
     prepared, file = prepare(read, QUIET, device="cpu"), CoefficientFile(read.coefficients)
+    teachers = prepared.merged._teachers.values()
+    held = sum(t._weights[name].source(0).nbytes for t in teachers for name in t._weights.names())
+    assert own_models(prepared.plan, HeaderShapes(prepared.plan)) == held
     ids = tiny.tokens()
     for number, folder in enumerate(models):  # whatever the merge, a teacher is its whole model
         expected = tiny.load(folder)(ids).logits

@@ -12,7 +12,7 @@ from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.resume import PROGRESS, keep, kept
 from mergekit_dam.fit.trainer import is_main_process
-from mergekit_dam.least_squares import CHECKED, least_squares
+from mergekit_dam.least_squares import least_squares, split
 from mergekit_dam.model import MergedModel
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)  # of the way from the start to the solution
@@ -48,7 +48,7 @@ def calibrate(
                 keep(folder / PROGRESS, {name: coefficients[name] for name in sorted(done)})
 
         least_squares(merged, rows, solved=solved, report=report)
-    _go_as_far_as_helps(merged, start, [own[::CHECKED] for own in rows], settings, known)
+    _go_as_far_as_helps(merged, start, [split(own)[1] for own in rows], settings, known)
 
 
 def _go_as_far_as_helps(

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_dam.config import Settings
-from mergekit_dam.data import SourceData
+from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.memory import Needs, needs
 from mergekit_dam.fit.place import Place, groups_of, place
-from mergekit_dam.fit.start import counts, trained_tensors
+from mergekit_dam.fit.start import choose_start, counts, trained_tensors
 from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.least_squares import start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
 from mergekit_dam.plan import Plan
 
@@ -45,11 +46,12 @@ def foresee(
     device: str,
     data: Sequence[SourceData],  # of each source, where all were read
 ) -> Forecast:
-    numbers = counts(plan, settings, shapes, skeleton)
-    trained = sum(numbers.get(name, 0) for name in trained_tensors(skeleton, settings))
+    numbers, names = counts(plan, settings, shapes, skeleton), trained_tensors(skeleton, settings)
+    trained = sum(numbers.get(name, 0) for name in names)
     dtype = choose_dtype(settings, shapes.dtypes(), device)
     sizes = held(shapes, settings, skeleton)
     longest = longest_rows(plan, settings, data)
+    trust_remote_code = plan.options.trust_remote_code
     found = needs(
         plan.model_config,
         skeleton,
@@ -58,18 +60,48 @@ def foresee(
         settings.objective,
         trained,
         longest=max(longest),
-        trust_remote_code=plan.options.trust_remote_code,
+        trust_remote_code=trust_remote_code,
     )
-    where = place(settings, device, found, sum(sizes.values()), groups_of(skeleton, sizes))
+    begins = None
+    if choose_start(settings, plan) == "least_squares":
+        rows, sources = start_rows(settings, longest, data), len(plan.sources)
+        begins = start_needs(
+            plan.model_config, skeleton, dtype, rows, names, sources,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+    where = place(
+        settings,
+        device,
+        found,
+        sum(sizes.values()) + own_models(plan, shapes),
+        groups_of(skeleton, sizes),
+        begins,
+        is_cast=shapes.dtypes() != {dtype},
+    )
     return Forecast(numbers, trained, dtype, sizes, found, where)
+
+
+def own_models(plan: Plan, shapes: HeaderShapes) -> int:
+    """Bytes of the sources that the merge's skeleton cannot speak for: held once more, whole."""
+    return sum(shapes.whole(source) for source in plan.teachers if not plan.is_whole(source))
 
 
 def longest_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[int]:
     """Tokens of each source's longest row, or of one as long as settings and model let it be."""
     if len(data) == len(plan.teachers):
-        return [max(len(row) for row in own.train) for own in data]
+        return [min(settings.max_length, max(len(row) for row in own.train)) for own in data]
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
     return [min(settings.max_length, positions or settings.max_length)] * len(plan.teachers)
+
+
+def start_rows(
+    settings: Settings, longest: Sequence[int], data: Sequence[SourceData]
+) -> list[list[Row]]:
+    """Of each source, those that the least-squares start reads, or as many of the longest."""
+    count = settings.calibration_rows
+    if len(data) != len(longest):
+        return [[Row([0] * length)] * count for length in longest]
+    return [[Row(row.ids[: settings.max_length]) for row in own.train[:count]] for own in data]
 
 
 def held(shapes: HeaderShapes, settings: Settings, skeleton: Skeleton) -> dict[str, int]:

@@ -1,14 +1,16 @@
 """Where a fit keeps the sources and what it makes again, by what is free."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from mergekit_dam.config import Settings
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.memory import Needs, free_memory, size
+from mergekit_dam.least_squares import StartNeeds
 from mergekit_dam.model import Offload, Recompute, Skeleton
 
 # What `auto` lets take of the free memory: a step, and the sources.
@@ -56,11 +58,22 @@ class Place:
     recompute: Recompute
     offload: Offload
     sources: int  # on the device
-    step: int  # there, too
+    step: int  # there, too; 0 without steps
+    start: int  # there before the first step; 0 for one that computes nothing
     free: int  # there, before
     mapped: int  # files of the sources that are read where they lie, through the page cache
     host: int  # beside a GPU
+    free_host: int
     told: tuple[str, ...]  # sentences about what `auto` chose
+
+    @property
+    def needed(self) -> int:
+        """On the device, at most at once."""
+        return self.sources + max(self.step, self.start)
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.free and self.host <= self.free_host
 
     def __str__(self) -> str:
         host = f", and {size(self.host)} of host memory" if self.host else ""
@@ -69,32 +82,44 @@ class Place:
         )
         return (
             f"on {self.device}: recompute: {self.recompute}, offload: {self.offload}, takes "
-            f"{size(self.sources + self.step)}{mapped}{host}"
+            f"{size(self.needed)}{mapped}{host}"
         )
 
 
 def place(
-    settings: Settings, device: str, found: Needs, sources: int, groups: Sequence[int]
+    settings: Settings,
+    device: str,
+    found: Needs,
+    sources: int,
+    groups: Sequence[int],
+    start: StartNeeds | None = None,
+    *,
+    is_cast: bool = False,
 ) -> Place:
     """Where a fit keeps what it needs here. `sources` are the bytes of all their tensors, `groups`
-    those for each block, in the order of the forward pass."""
+    those for each block, in the order of the forward pass; with `is_cast`, what the start computes
+    with is of another dtype."""
     free, host = free_memory(device), host_memory()
     is_cuda = torch.device(device).type == "cuda"
     least = found.of("block" if settings.recompute == "auto" else settings.recompute)
+    least = max(least * bool(settings.max_steps), start.of(is_copied=is_cast) if start else 0)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
     there = {"none": sources if is_cuda else 0, "disk": max(groups, default=0)}
     there["cpu"] = _most_together(groups) if is_cuda else 0
     recompute, how = choose_recompute(settings, found, free - there[offload])
+    is_copied = is_cast or (is_cuda and offload == "disk")
     return Place(
         device=device,
         recompute=recompute,
         offload=offload,
         sources=there[offload],
-        step=found.of(recompute),
+        step=found.of(recompute) if settings.max_steps else 0,
+        start=start.of(is_copied=is_copied) if start else 0,
         free=free,
         mapped=0 if is_cuda or offload == "disk" else sources,
         host=sources if is_cuda and offload == "cpu" else 0,
-        told=tuple(filter(None, (why, how))),
+        free_host=host,
+        told=tuple(filter(None, (why, how if settings.max_steps else ""))),
     )
 
 
@@ -111,22 +136,58 @@ def groups_of(skeleton: Skeleton, sizes: Mapping[str, int]) -> list[int]:
     ]
 
 
-def require_memory(found: Place, settings: Settings) -> None:
-    """Raises DamError for a step that cannot fit, before anything is computed."""
-    free = found.free - found.sources
-    if found.step <= free:
+def require_memory(found: Place, settings: Settings, again: Callable[[Settings], Place]) -> None:
+    """Raises DamError for a fit that cannot have what it needs, before anything is computed. It
+    names the first remedy that is one, by `again`: where a fit with other settings would be."""
+    if found.fits:
         return
-    remedies = {
-        "`dam.recompute: block`": settings.recompute not in ("auto", "block"),
-        "`dam.offload: cpu`": found.offload == "none" and torch.device(found.device).type == "cuda",
-        "`dam.offload: disk`": found.offload == "cpu" and found.sources > free,
-        "a smaller `dam.batch_size` or `dam.max_length`": True,
-    }
-    remedy = next(setting for setting, helps in remedies.items() if helps)
-    raise DamError(
-        f"A step needs about {size(found.step)} of memory beside the sources, and "
-        f"{size(max(free, 0))} are free on {found.device}: set {remedy}."
+    changes = next((c for c in remedies(settings, found) if again(_changed(settings, c)).fits), {})
+    told = " and ".join(f"`dam.{key}: {value}`" for key, value in changes.items())
+    raise DamError(f"{_lack(found)}: {f'set {told}' if told else 'no setting would fit'}.")
+
+
+def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    return settings.model_copy(update=changes)
+
+
+def _lack(found: Place) -> str:
+    if found.needed <= found.free:
+        return (
+            f"The sources need {size(found.host)} of host memory beside the GPU, and "
+            f"{size(found.free_host)} are free"
+        )
+    what = "The least-squares start" if found.start > found.step else "A step"
+    return (
+        f"{what} needs about {size(max(found.start, found.step))} of memory beside the sources, "
+        f"and {size(max(found.free - found.sources, 0))} are free on {found.device}"
     )
+
+
+def remedies(settings: Settings, found: Place) -> Iterator[dict[str, Any]]:
+    """Changes of settings that take less memory, the least first."""
+    changes = {}
+    if settings.recompute not in ("auto", "block"):
+        changes["recompute"] = "block"
+        yield dict(changes)
+    if settings.offload not in ("auto", "disk"):
+        for offload in ("cpu", "disk") if settings.offload == "none" else ("disk",):
+            yield {"offload": offload}
+            yield {**changes, "offload": offload}
+        changes["offload"] = "disk"
+    if found.start > found.step:
+        for rows in _halves(settings.calibration_rows, 8):
+            yield {**changes, "calibration": rows}
+        yield {**changes, "start": "average"}
+    for rows in _halves(settings.batch_size, 1):
+        yield {**changes, "batch_size": rows}
+    for length in _halves(settings.max_length, 64):
+        yield {**changes, "batch_size": 1, "max_length": length}
+
+
+def _halves(number: int, least: int) -> Iterator[int]:
+    while number // 2 >= least:
+        number //= 2
+        yield number
 
 
 def host_memory() -> int:

@@ -15,9 +15,9 @@ from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads, take
-from mergekit_dam.fit.forecast import foresee, merged_skeleton
+from mergekit_dam.fit.forecast import Forecast, foresee, merged_skeleton
 from mergekit_dam.fit.memory import Needs
-from mergekit_dam.fit.place import require_memory
+from mergekit_dam.fit.place import Place, require_memory
 from mergekit_dam.fit.resume import digest, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
@@ -40,6 +40,7 @@ class Fit:
     identity: dict[str, Any]  # see `resume.identity`
     header: files.Header  # without results
     needs: Needs  # of a step
+    place: Place
 
 
 def prepare(
@@ -69,9 +70,13 @@ def prepare(
         data = load_data(recipe, plan, out or recipe.coefficients, device)
     preparation = prepare_as(plan, settings)
     shapes = HeaderShapes(plan)
-    found = foresee(plan, settings, shapes, merged_skeleton(plan, shapes), device, data)
-    if settings.max_steps:
-        require_memory(found.place, settings)
+    outline = merged_skeleton(plan, shapes)
+
+    def foreseen(settings: Settings) -> Forecast:
+        return foresee(plan, settings, shapes, outline, device, data)
+
+    found = foreseen(settings)
+    require_memory(found.place, settings, lambda changed: foreseen(changed).place)
     for sentence in found.place.told:
         _say(sentence, options)
     weights = SourceWeights(
@@ -96,7 +101,7 @@ def prepare(
     header = _header(recipe, settings, plan, preparation)
     same = identity(header, data)
     header = header.model_copy(update={"identity": digest(same)})
-    return Fit(settings, plan, merged, data, same, header, found.needs)
+    return Fit(settings, plan, merged, data, same, header, found.needs, found.place)
 
 
 def _say(sentence: str, options: MergeOptions) -> None:

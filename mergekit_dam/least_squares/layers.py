@@ -1,6 +1,6 @@
 """The layers of a block whose coefficients have a least-squares solution, and what they compute."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ class Call:
 
     args: tuple
     kwargs: dict
-    output: Tensor
+    output: Tensor | None = None  # where it was not asked for
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,13 @@ class Layer:
             counts = torch.bincount(tokens, minlength=len(wanted["weight"]))
             objective.add(counts, wanted["weight"], weight)
             return True
-        inputs, shift = merged.args[0], 0.0
+        inputs, output = merged.args[0], source.output
         if isinstance(objective, NormObjective):
             inputs, shift = _affine(self.module, own, merged.args, merged.kwargs)
+            output = output - shift
         if self.bias is None and "bias" in own:
-            shift = shift + own["bias"]
-        x, y = of_tokens(inputs, real), of_tokens(source.output - shift, real)
+            output = output - own["bias"]
+        x, y = of_tokens(inputs, real), of_tokens(output, real)
         if x is None or y is None or len(x) != len(y):
             return False
         if isinstance(objective, NormObjective):
@@ -139,7 +140,7 @@ def _affine(
 def of_tokens(values: Tensor, real: Tensor) -> Tensor | None:
     """The real tokens' values, [tokens, ...]; None where the tokens' axes are not recognised."""
     if values.shape[:2] == real.shape:
-        return values[real]
+        return values.flatten(0, 1) if real.all() else values[real]
     if values.dim() > 2 and (values.shape[0], values.shape[2]) == real.shape:  # heads come first
         return values.transpose(1, 2)[real]
     if values.shape[0] == real.numel():
@@ -152,24 +153,34 @@ class _Enough(Exception):
 
 
 def calls(
-    block: Block, weights: Mapping[str, Tensor], wanted: Sequence[Layer], arrival: Arrival
+    block: Block,
+    weights: Mapping[str, Tensor],
+    wanted: Sequence[Layer],
+    arrival: Arrival,
+    *,
+    outputs: bool = True,
 ) -> dict[str, Call]:
-    """Run a block until each of the wanted layers has been called; their first calls, by path."""
+    """Run a block until each of the wanted layers has been called; their first calls, by path.
+    Without `outputs` the last of them is not computed."""
     seen: dict[str, Call] = {}
 
     def record(path: str):
-        def hook(module, args, kwargs, output):
+        def hook(module, args, kwargs, output=None):
             seen.setdefault(path, Call(args, kwargs, output))
             if len(seen) == len(wanted):
                 raise _Enough
 
         return hook
 
-    hooks = [
-        layer.module.register_forward_hook(record(layer.path), with_kwargs=True) for layer in wanted
-    ]
+    hooks = [_hook(layer.module, record(layer.path), after=outputs) for layer in wanted]
     _run(block, weights, arrival, hooks)
     return seen
+
+
+def _hook(module: nn.Module, hook: Callable, *, after: bool):
+    if after:
+        return module.register_forward_hook(hook, with_kwargs=True)
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def _run(block: Block, weights: Mapping[str, Tensor], arrival: Arrival, hooks: Sequence) -> Any:
@@ -229,7 +240,7 @@ def in_order(
     """The layers in the order in which the block calls them, those of one input together."""
     by_path = {layer.path: layer for layer in found}
     group, shared = [], None
-    for path, call in calls(block, weights, found, arrival).items():
+    for path, call in calls(block, weights, found, arrival, outputs=False).items():
         if group and call.args[0] is not shared:
             yield group
             group = []

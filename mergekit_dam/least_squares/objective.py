@@ -7,23 +7,42 @@ with them, and is then a function of the weights alone:
 
 with A symmetric and positive semidefinite. W is a dict of a layer's tensors (weight and bias).
 Every token of a source counts as one over the number of that source's tokens.
+
+A layer's outputs do not depend on each other, so f is a sum over them, and an objective comes in
+`parts` of some outputs each: heads and embeddings have too many for float32 copies of them all.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 Weights = dict[str, Tensor]
+PART = 2**24  # numbers of a weight that are worked on at a time: 64 MB in float32
 
 
 class LayerObjective(ABC):
-    """f of one layer."""
-
-    input_axis: int | None = None  # the axis of the weight that A mixes; None where A is diagonal
+    """f of one layer, collected."""
 
     def __init__(self) -> None:
         self.constant = 0.0  # ½ Σ ‖y‖²
+
+    @abstractmethod
+    def parts(self) -> Iterator["Part"]:
+        """What f is the sum of, but for its constant."""
+
+
+class Part(ABC):
+    """f of some of a layer's outputs."""
+
+    input_axis: int | None  # the axis of the weight that A mixes; None where A is diagonal
+
+    @abstractmethod
+    def index(self, name: str, tensor: Tensor, behind: int = 0) -> tuple:
+        """Where one of the layer's tensors, or what is broadcast to it, has these outputs; `behind`
+        more axes follow."""
 
     @abstractmethod
     def product(self, weights: Weights) -> Weights:
@@ -38,10 +57,18 @@ class LayerObjective(ABC):
         """The diagonal of A, broadcastable to W."""
 
     def value(self, weights: Weights) -> float:
-        """f(W); never below zero but for rounding."""
+        """f(W) without its constant."""
         half, target = self.product(weights), self.target()
         terms = [(w * (half[name] / 2 - target[name])).sum() for name, w in weights.items()]
-        return float(torch.stack(terms).double().sum()) + self.constant
+        return float(torch.stack(terms).double().sum())
+
+
+def _along(axis: int, rows: slice | Tensor, tensor: Tensor, behind: int) -> tuple:
+    """Some rows of an axis, counted from the last one before those `behind`; what is broadcast
+    along it is the same for all."""
+    if tensor.shape[axis - behind] == 1:
+        return (...,)
+    return (..., rows, *[slice(None)] * (behind - axis - 1))
 
 
 class LinearObjective(LayerObjective):
@@ -49,76 +76,133 @@ class LinearObjective(LayerObjective):
 
     def __init__(self, weight: str, bias: str | None, input_axis: int = -1):
         super().__init__()
-        self._weight, self._bias, self.input_axis = weight, bias, input_axis
-        self._moments: Tensor | float = 0.0  # Σ x xᵀ, [in, in]
-        self._cross: Tensor | float = 0.0  # Σ y xᵀ, [out, in]
-        self._inputs: Tensor | float = 0.0  # Σ x, [in]
-        self._outputs: Tensor | float = 0.0  # Σ y, [out]
-        self._count = 0.0
+        self._names = (weight, bias, input_axis)
+        self._sums: LinearPart | None = None
 
     def add(self, inputs: Tensor, outputs: Tensor, weight: float) -> None:
         """Tokens [T, in] and the outputs [T, out] that are wanted for them."""
         x, y = _accurate(inputs), _accurate(outputs)
-        self._moments = self._moments + weight * (x.T @ x)
-        self._cross = self._cross + weight * (y.T @ x)
-        self._inputs = self._inputs + weight * x.sum(0)
-        self._outputs = self._outputs + weight * y.sum(0)
-        self._count += weight * len(x)
-        self.constant += weight * float(y.square().sum()) / 2
+        self._sums = self._sums or LinearPart.zeros(*self._names, x, y)
+        self._sums.moments.addmm_(x.T, x, alpha=weight)
+        self._sums.cross.addmm_(y.T, x, alpha=weight)
+        self._sums.inputs.add_(x.sum(0), alpha=weight)
+        self._sums.outputs.add_(y.sum(0), alpha=weight)
+        self._sums.count.add_(weight * len(x))
+        self.constant += weight * float(torch.linalg.vector_norm(y)) ** 2 / 2
+
+    def parts(self) -> Iterator["LinearPart"]:
+        outputs, inputs = self._sums.cross.shape
+        step = max(1, PART // inputs)
+        for start in range(0, outputs, step):
+            rows = slice(start, min(outputs, start + step))
+            own = {"cross": self._sums.cross[rows], "outputs": self._sums.outputs[rows]}
+            yield replace(self._sums, rows=rows, **own)
+
+
+@dataclass(frozen=True)
+class LinearPart(Part):
+    """Of a slice of the outputs."""
+
+    weight: str
+    bias: str | None
+    input_axis: int
+    rows: slice
+    moments: Tensor  # Σ x xᵀ, [in, in]
+    cross: Tensor  # Σ y xᵀ, [out, in]
+    inputs: Tensor  # Σ x, [in]
+    outputs: Tensor  # Σ y, [out]
+    count: Tensor  # Σ 1, []
+
+    @classmethod
+    def zeros(cls, weight: str, bias: str | None, input_axis: int, x: Tensor, y: Tensor):
+        n, m = x.shape[1], y.shape[1]
+        sums = (x.new_zeros(*shape) for shape in ((n, n), (m, n), (n,), (m,)))
+        return cls(weight, bias, input_axis, slice(None), *sums, x.new_zeros(()))
+
+    def index(self, name: str, tensor: Tensor, behind: int = 0) -> tuple:
+        axis = -3 - self.input_axis if name == self.weight else -1
+        return _along(axis, self.rows, tensor, behind)
 
     def product(self, weights: Weights) -> Weights:
-        weight = self._turned(weights[self._weight])
-        result = weight @ self._moments
-        if self._bias is None:
-            return {self._weight: self._turned(result)}
-        bias = weights[self._bias]
+        weight = self._turned(weights[self.weight])
+        result = weight @ self.moments
+        if self.bias is None:
+            return {self.weight: self._turned(result)}
+        bias = weights[self.bias]
         return {
-            self._weight: self._turned(result + bias[:, None] * self._inputs),
-            self._bias: weight @ self._inputs + self._count * bias,
+            self.weight: self._turned(result.addcmul_(bias[:, None], self.inputs)),
+            self.bias: weight @ self.inputs + self.count * bias,
         }
 
     def target(self) -> Weights:
-        target = {self._weight: self._turned(self._cross)}
-        return target if self._bias is None else {**target, self._bias: self._outputs}
+        target = {self.weight: self._turned(self.cross)}
+        return target if self.bias is None else {**target, self.bias: self.outputs}
 
     def diagonal(self) -> Weights:
-        moments = self._turned(self._moments.diagonal()[None])  # [1, in]
-        if self._bias is None:
-            return {self._weight: moments}
-        return {self._weight: moments, self._bias: moments.new_tensor([self._count])}
+        moments = self._turned(self.moments.diagonal()[None])  # [1, in]
+        return {self.weight: moments} | ({} if self.bias is None else {self.bias: self.count[None]})
 
     def _turned(self, matrix: Tensor) -> Tensor:
         return matrix if self.input_axis == -1 else matrix.T
 
 
 class EmbeddingObjective(LayerObjective):
-    """Σ ½ ‖W[token] - y‖² for a weight [vocabulary, hidden]."""
+    """Σ ½ ‖W[token] - y‖² for a weight [vocabulary, hidden], of which only the rows of tokens that
+    come are looked at."""
 
     def __init__(self, weight: str):
         super().__init__()
         self._weight = weight
-        self._counts: Tensor | float = 0.0  # [vocabulary]
-        self._outputs: Tensor | float = 0.0  # Σ y, [vocabulary, hidden]
+        self._wanted: list[tuple[Tensor, Tensor]] = []  # each source's, and its counts
 
     def add(self, counts: Tensor, source: Tensor, weight: float) -> None:
         """How often each token comes [vocabulary], and the embedding that is wanted for it."""
-        counts, wanted = weight * _accurate(counts)[:, None], _accurate(source)
-        self._counts = self._counts + counts
-        self._outputs = self._outputs + counts * wanted
-        self.constant += float((counts * wanted.square()).sum()) / 2
+        seen = counts.nonzero()[:, 0]
+        own = weight * _accurate(counts)
+        squares = _accurate(source[seen]).square().sum(1)
+        self.constant += float((own[seen] * squares).sum()) / 2
+        for known, total in self._wanted:
+            if known is source:
+                total += own
+                return
+        self._wanted.append((source, own))
+
+    def parts(self) -> Iterator["EmbeddingPart"]:
+        counts = sum(own for _, own in self._wanted)
+        width = self._wanted[0][0].shape[1]
+        for rows in counts.nonzero()[:, 0].split(max(1, PART // width)):
+            outputs = sum(own[rows, None] * _accurate(w[rows]) for w, own in self._wanted)
+            yield EmbeddingPart(self._weight, rows, counts[rows, None], outputs)
+
+
+@dataclass(frozen=True)
+class EmbeddingPart(Part):
+    """Of some tokens."""
+
+    input_axis = None
+    weight: str
+    rows: Tensor  # their numbers
+    counts: Tensor  # [tokens, 1]
+    outputs: Tensor  # Σ y, [tokens, hidden]
+
+    def index(self, name: str, tensor: Tensor, behind: int = 0) -> tuple:
+        return _along(-2, self.rows, tensor, behind)
 
     def product(self, weights: Weights) -> Weights:
-        return {self._weight: self._counts * weights[self._weight]}
+        return {self.weight: self.counts * weights[self.weight]}
 
     def target(self) -> Weights:
-        return {self._weight: self._outputs}
+        return {self.weight: self.outputs}
 
     def diagonal(self) -> Weights:
-        return {self._weight: self._counts}
+        return {self.weight: self.counts}
 
 
-class NormObjective(LayerObjective):
-    """Σ ½ ‖x * w + b - y‖² for a weight and a bias of shape [dimensions]."""
+class NormObjective(LayerObjective, Part):
+    """Σ ½ ‖x * w + b - y‖² for a weight and a bias of shape [dimensions]; one part, since it is
+    small."""
+
+    input_axis = None
 
     def __init__(self, weight: str, bias: str | None):
         super().__init__()
@@ -132,6 +216,12 @@ class NormObjective(LayerObjective):
         for name, term in terms.items():
             self._sums[name] = self._sums[name] + weight * term.sum(0)
         self.constant += weight * float(y.square().sum()) / 2
+
+    def parts(self) -> Iterator["NormObjective"]:
+        yield self
+
+    def index(self, name: str, tensor: Tensor, behind: int = 0) -> tuple:
+        return (...,)
 
     def product(self, weights: Weights) -> Weights:
         weight, sums = weights[self._weight], self._sums

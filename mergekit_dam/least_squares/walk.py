@@ -23,12 +23,13 @@ from mergekit_dam.least_squares.layers import (
 )
 from mergekit_dam.least_squares.objective import LayerObjective
 from mergekit_dam.least_squares.paths import Path, abreast
-from mergekit_dam.least_squares.solve import Problem, solve
+from mergekit_dam.least_squares.problem import Problem
+from mergekit_dam.least_squares.rows import chunks, split
+from mergekit_dam.least_squares.solve import solve
 from mergekit_dam.model import Block, MergedModel
 
 RIDGES = (1.0, 0.1, 1e-2, 1e-3)  # of a tensor's mean second derivative
-CHECKED = 5  # every fifth row is kept for the choice of the ridge
-CHUNK = 4096  # tokens of a forward pass
+TOLERANCE = 1e-2  # of a residual: a hundredth of that takes twice the products for the same merge
 
 BlockWeights = Mapping[str, Tensor]  # by their names in the block
 
@@ -47,6 +48,49 @@ class Pair:
     def number(self) -> int:
         """The source's."""
         return self.source.source
+
+
+@dataclass(frozen=True)
+class Group:
+    """Layers of a block that see the same input."""
+
+    block: Block
+    layers: list[Layer]
+    point: Layer | None  # what reads the stream next; None: the block's end
+    adds: bool  # whether the only layer's output is added to that stream
+
+    def add(
+        self,
+        pair: Pair,
+        own: BlockWeights,
+        theirs: BlockWeights,
+        objectives: Mapping[Layer, tuple[LayerObjective, LayerObjective]],
+    ) -> list[Layer]:
+        """Add some rows to the objectives; the layers whose tokens cannot be told apart."""
+        inputs = calls(self.block, own, self.layers, pair.merge.arrival, outputs=False)
+        wanted = self._wanted(pair, own, theirs)
+        return [
+            layer
+            for layer, objective in objectives.items()
+            if not layer.add(
+                objective[pair.is_check],
+                inputs[layer.path],
+                wanted[layer.path],
+                pair.real,
+                layer.own(own),
+                layer.own(theirs),
+                pair.share,
+            )
+        ]
+
+    def _wanted(self, pair: Pair, own: BlockWeights, theirs: BlockWeights) -> dict[str, Call]:
+        """The layers' calls in the source; or the output that brings the whole stream to where the
+        source has it."""
+        if not self.adds:
+            return calls(self.block, theirs, self.layers, pair.source.arrival)
+        rest = arriving(self.block, own, self.point, pair.merge.arrival, without=self.layers[0])
+        stream = arriving(self.block, theirs, self.point, pair.source.arrival)
+        return {self.layers[0].path: Call((), {}, stream - rest)}
 
 
 def least_squares(
@@ -101,38 +145,25 @@ class _Walk:
         if not found:
             return
         own = self._merged.block_weights(block, "merge")
-        groups = list(in_order(block, own, found, self.pairs[0].merge.arrival))
-        for group, following in zip(groups, [*groups[1:], None], strict=True):
+        few = min(self.pairs, key=lambda pair: pair.real.numel()).merge.arrival
+        groups = list(in_order(block, own, found, few))
+        for members, following in zip(groups, [*groups[1:], None], strict=True):
             own = self._merged.block_weights(block, "merge")
             point = following[0] if following else None
-            for layer, fit, check in self._objectives(block, group, point, own, sources):
+            adds = len(members) == 1 and adds_to(block, own, members[0], point, few)
+            group = Group(block, members, point, adds)
+            for layer, fit, check in self._objectives(group, own, sources):
                 self._set(layer, fit, check)
                 self.solved.update(layer.tensors)
 
     def _objectives(
-        self,
-        block: Block,
-        group: list[Layer],
-        point: Layer | None,  # what reads the stream next; None: the block's end
-        own: BlockWeights,
-        sources: Sequence[BlockWeights],
+        self, group: Group, own: BlockWeights, sources: Sequence[BlockWeights]
     ) -> list[tuple[Layer, LayerObjective, LayerObjective]]:
-        """Layers that see the same input, each with its objective on the two kinds of rows."""
-        found = {layer: (layer.objective(), layer.objective()) for layer in group}
-        adds = len(group) == 1 and adds_to(block, own, group[0], point, self.pairs[0].merge.arrival)
+        """Each layer with its objective on the two kinds of rows."""
+        found = {layer: (layer.objective(), layer.objective()) for layer in group.layers}
         for pair in self.pairs:
-            theirs = sources[pair.number]
-            merged = calls(block, own, group, pair.merge.arrival)
-            source = calls(block, theirs, group, pair.source.arrival)
-            if adds:
-                rest = arriving(block, own, point, pair.merge.arrival, without=group[0])
-                stream = arriving(block, theirs, point, pair.source.arrival)
-                source = {group[0].path: Call((), {}, stream - rest)}
-            for layer in [layer for layer in group if layer in found]:
-                call = (merged[layer.path], source[layer.path], pair.real)
-                weights = (layer.own(own), layer.own(theirs))
-                if not layer.add(found[layer][pair.is_check], *call, *weights, pair.share):
-                    del found[layer]
+            for layer in group.add(pair, own, sources[pair.number], found):
+                del found[layer]
         return [(layer, *objectives) for layer, objectives in found.items()]
 
     def _set(self, layer: Layer, fit: LayerObjective, check: LayerObjective) -> None:
@@ -145,7 +176,7 @@ class _Walk:
         problem, unseen = Problem(fit, inputs), Problem(check, inputs)
         best, found, lowest = start, start, unseen.value(start)
         for ridge in RIDGES:
-            found = solve(problem, start, ridge, first=found)
+            found = solve(problem, start, ridge, first=found, tolerance=TOLERANCE)
             if (value := unseen.value(found)) < lowest:
                 best, lowest = found, value
         for name, coefficient in best.items():
@@ -154,28 +185,16 @@ class _Walk:
 
 def _pairs(merged: MergedModel, rows: Sequence[Sequence[Row]]) -> Iterator[Pair]:
     for source, own in enumerate(rows):
-        ids = [row.ids for row in own]
-        check = ids[::CHECKED]
-        fit = [row for index, row in enumerate(ids) if index % CHECKED] or check
-        for is_check, part in ((False, fit), (True, check)):
+        for is_check, part in enumerate(split(own)):
             share = 1 / sum(map(len, part))
-            for chunk in _chunks(sorted(part, key=len)):
-                yield _pair(merged, chunk, source, is_check, share)
+            for chunk in chunks(part, merged.vocabulary):
+                yield _pair(merged, chunk, source, bool(is_check), share)
 
 
-def _pair(merged: MergedModel, chunk: Sequence[list[int]], source: int, is_check, share) -> Pair:
-    tensors = [torch.tensor(row) for row in chunk]
+def _pair(merged: MergedModel, chunk: Sequence[Row], source: int, is_check: bool, share) -> Pair:
+    tensors = [torch.tensor(row.ids) for row in chunk]
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(merged.device)
     lengths = torch.tensor([len(row) for row in chunk], device=ids.device)
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     paths = (Path(merged, ids, source, "merge"), Path(merged, ids, source, source))
     return Pair(*paths, real, is_check, share)
-
-
-def _chunks(rows: Sequence[list[int]]) -> Iterator[Sequence[list[int]]]:
-    """Rows of similar length together, the longest at the end."""
-    end = len(rows)
-    while end > 0:
-        size = max(1, CHUNK // len(rows[end - 1]))
-        yield rows[max(0, end - size) : end]
-        end -= size

@@ -35,7 +35,7 @@ def measure(
     would count one. Models that cannot run so are estimated: like a
     Llama of their sizes."""
     try:
-        with _quietly(), FakeTensorMode(allow_non_fake_inputs=True):
+        with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
             is_eager = model.config._attn_implementation == "eager"
             return _measure(model, tokens if is_eager else TOKENS)
@@ -44,13 +44,14 @@ def measure(
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the traceback that torch logs for an operation that it cannot run so, such as the
-    grouped products of experts in float32; the estimate takes its place."""
+def without_storage() -> Iterator[None]:
+    """A context whose tensors have no storage; without the traceback that torch logs for an
+    operation that it cannot run so, such as the grouped products of experts in float32."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
-        yield
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
     finally:
         log.disabled = before
 

@@ -149,11 +149,11 @@ class InHostMemory:
         if wanted != self._last[1]:
             self._followed[self._last] = wanted
             self._last = (self._last[1], wanted)
-            together = {wanted, self._followed.get(self._last)} - {None}
+            together = [key for key in (wanted, self._followed.get(self._last)) if key]
             self._keep_pace()
-            # Those before go first.
-            self._copies = {key: own for key, own in self._copies.items() if key in together}
-            self._copies |= {key: self._copy(key) for key in together - self._copies.keys()}
+            # Those before go first; what is wanted now is copied first.
+            self._copies = {key: self._copies[key] for key in together if key in self._copies}
+            self._copies |= {key: self._copy(key) for key in together if key not in self._copies}
         return self._copies[wanted].wait()
 
     def _keep_pace(self) -> None:

@@ -6,13 +6,10 @@ import platform
 import statistics
 import threading
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 Step = Callable[[], None]
 
@@ -57,38 +54,6 @@ def peak_of(step: Step, device: str) -> int:
     with Peak(device) as peak:
         step()
     return peak.most
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that tensors made inside of this context have together, exactly: without an
-    allocator's rounding and what it keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.most, self._now, self._sizes = 0, 0, {}
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
-        result = operation(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
-            if tensor.untyped_storage()._cdata not in given:
-                self._count(tensor.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._sizes:
-            self._sizes[key] = storage.nbytes()
-            self._now += storage.nbytes()
-            self.most = max(self.most, self._now)
-            weakref.finalize(storage, self._uncount, key)
-
-    def _uncount(self, key: int) -> None:
-        self._now -= self._sizes.pop(key)
-
-
-def _tensors(tree: object) -> list[torch.Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _resident() -> int:

@@ -1,0 +1,175 @@
+"""What the least-squares start keeps in memory, found by a pass of its largest chunk of rows
+through the model on tensors without storage."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from mergekit_dam.data import Row
+from mergekit_dam.least_squares import objective
+from mergekit_dam.least_squares.rows import chunks, split
+from mergekit_dam.model import Skeleton
+from mergekit_dam.model.activations import without_storage
+from mergekit_dam.model.live import Live
+from mergekit_dam.model.skeleton import blocks_of, make_model
+
+STATES = 4  # of each token: of the embedding and of the last block, in the merge and in the source
+KINDS = 2  # of rows, each with sums of its own
+MADE = 2  # of a part of a weight: its product, and that with what a source has for it
+
+
+@dataclass(frozen=True)
+class StartNeeds:
+    """Of the start, in bytes, without the sources."""
+
+    states: int
+    block: int  # while one is solved
+    copies: int  # one block of every source, where it is cast or brought to the device
+
+    def of(self, *, is_copied: bool) -> int:
+        return self.states + self.block + (self.copies if is_copied else 0)
+
+
+def start_needs(
+    config: PretrainedConfig,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    rows: Sequence[Sequence[Row]],  # of each source
+    trained: Collection[str],  # output tensors
+    sources: int,  # with the base
+    *,
+    trust_remote_code: bool = False,
+) -> StartNeeds:
+    text = config.get_text_config()
+    found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]
+    largest = max(found, key=_positions)
+    shape = (len(largest), len(largest[-1]))
+    try:
+        with without_storage():
+            model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+            blocks = _pass(model, _solved(skeleton, trained), shape)
+    except Exception:  # whatever stops such a run would not stop a real one
+        blocks = _estimate(config, dtype.itemsize, _positions(largest))
+    is_padded = len(largest[0]) < len(largest[-1])
+    chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
+    return StartNeeds(
+        states=STATES * sum(map(_positions, found)) * text.hidden_size * dtype.itemsize,
+        block=max(chunk.of(block) for block in blocks),
+        copies=len(rows) * max(block.size for block in blocks),
+    )
+
+
+def _positions(chunk: Sequence[Row]) -> int:
+    return len(chunk) * len(chunk[-1])
+
+
+def _solved(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
+    """The modules whose weights are solved; a tied weight once."""
+    first = {name: path for path, name in reversed(skeleton.tensors.items())}
+    return {
+        path.removesuffix(".weight")
+        for name, path in first.items()
+        if name in trained and path.endswith(".weight")
+    }
+
+
+@dataclass
+class Group:
+    """Layers of one input."""
+
+    inputs: int
+    outputs: list[int] = field(default_factory=list)  # of each layer
+
+
+@dataclass
+class Seen:
+    """A block, as a pass has seen it."""
+
+    size: int  # bytes of its weights
+    working: int = 0  # bytes of what else is there at once as it runs
+    groups: list[Group] = field(default_factory=list)  # of layers that are solved
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows that go through a block together."""
+
+    tokens: int
+    width: int  # of the states
+    itemsize: int
+    is_padded: bool
+    sources: int
+
+    def of(self, block: Seen) -> int:
+        """The most that there is at once as a block is solved."""
+        groups = (self._of_group(group, block.working) for group in block.groups)
+        return block.size + max(groups, default=block.working)
+
+    def _of_group(self, group: Group, working: int) -> int:
+        n, outputs = group.inputs, group.outputs
+        sums = KINDS * 4 * sum(n * n + m * n for m in outputs)
+        running = working + self.tokens * self.itemsize * (n + self.width)
+        part = n * min(max(1, objective.PART // n), max(outputs))
+        return sums + max(running, self._of_copies(group), 4 * part * (self.sources + MADE))
+
+    def _of_copies(self, group: Group) -> int:
+        """Inputs of merge and source and outputs, and the copies of them that the sums are of."""
+        kept = self.itemsize * (2 * group.inputs + sum(group.outputs))
+        each = self.itemsize * self.is_padded + 4 * (self.itemsize < 4)
+        return self.tokens * (kept + each * (group.inputs + max(group.outputs)))
+
+
+class _Watch:
+    """Sees the blocks of a pass."""
+
+    def __init__(self, live: Live):
+        self.seen: list[Seen] = []
+        self._live, self._start, self._input = live, 0, None
+
+    def before(self, block: nn.Module, args: tuple) -> None:
+        self.seen.append(Seen(sum(p.nbytes for p in block.parameters())))
+        self._live.most = self._start = self._live.now
+
+    def after(self, block: nn.Module, args: tuple, output: Any) -> None:
+        self.seen[-1].working = self._live.most - self._start
+        self._input = None
+
+    def layer(self, layer: nn.Linear | Conv1D, args: tuple) -> None:
+        rows, columns = layer.weight.shape
+        inputs, outputs = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
+        groups = self.seen[-1].groups
+        if args[0] is not self._input:
+            groups.append(Group(inputs))
+            self._input = args[0]
+        groups[-1].outputs.append(outputs)
+
+
+def _pass(model: nn.Module, solved: Collection[str], shape: tuple[int, int]) -> list[Seen]:
+    """The blocks, in the order in which rows go through them."""
+    with Live() as live, torch.no_grad():
+        watch = _Watch(live)
+        for _, block in blocks_of(model):
+            block.register_forward_pre_hook(watch.before)
+            block.register_forward_hook(watch.after)
+        for path, layer in model.named_modules():
+            if path in solved and isinstance(layer, nn.Linear | Conv1D):
+                layer.register_forward_pre_hook(watch.layer)
+        model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
+    return watch.seen
+
+
+def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen]:
+    """Like a Llama of the config's sizes."""
+    text = config.get_text_config()
+    width, vocabulary = text.hidden_size, text.vocab_size
+    inner = getattr(text, "intermediate_size", None) or 4 * width
+    layer = Seen(itemsize * width * (4 * width + 3 * inner), itemsize * tokens * 3 * inner)
+    layer.groups += [Group(width, [inner, inner]), Group(inner, [width])]
+    head = Seen(itemsize * width * vocabulary, itemsize * tokens * vocabulary)
+    head.groups.append(Group(width, [vocabulary]))
+    return [layer, head]

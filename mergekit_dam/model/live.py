@@ -1,0 +1,40 @@
+"""How many bytes tensors have together, counted one by one."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Live(TorchDispatchMode):
+    """The bytes that tensors made inside of this context (and in this thread) have together,
+    exactly: without an allocator's rounding and what it keeps. Tensors without storage count as if
+    they had it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most, self.now, self._sizes = 0, 0, {}
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        result = operation(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            if tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._uncount, key)
+
+    def _uncount(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _tensors(tree: object) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
