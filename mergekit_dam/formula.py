@@ -22,7 +22,7 @@ Formula = Literal["weights", "task_vectors"]
 Granularity = Literal["column", "row", "tensor", "element"]
 FORMULAS: tuple[str, ...] = get_args(Formula)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
-CACHED = 2**17  # numbers that are worked on at once on a CPU: 512 KB in float32
+CACHED = 2**18  # numbers that are worked on at once on a CPU: 1 MB in float32
 
 
 def coefficient_shape(
@@ -119,20 +119,31 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, gradient):
         """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
         sources, subtracted = ctx.again()
-        if kernels := _kernels(gradient.device):
-            by_c = kernels.gradient(gradient, sources, subtracted, ctx.shape)
-            return by_c.float(), *(None for _ in range(4 + len(sources)))
-        accumulator = _accumulator(sources)
-        gradients = torch.zeros(ctx.shape, dtype=accumulator, device=gradient.device)
-        for part in _parts(gradient):
-            outer = _cut(gradient, part).to(accumulator)
-            base = None if subtracted is None else _cut(subtracted, part)
-            product = torch.empty_like(outer)
-            for total, source in zip(gradients, sources, strict=True):
-                torch.mul(outer, _difference(_cut(source, part), base), out=product)
+        kernels = _kernels(gradient.device)
+        reduced = kernels.gradient if kernels else _gradient
+        by_c = reduced(gradient, sources, subtracted, ctx.shape)
+        return by_c.float(), *(None for _ in range(4 + len(sources)))
+
+
+def _gradient(
+    gradient: Tensor, sources: Sequence[Tensor], base: Tensor | None, shape: Sequence[int]
+) -> Tensor:  # [N, *B], which is `shape`
+    parts, accumulator = list(_parts(gradient)), _accumulator(sources)
+    # Rows that share coefficients are first added up part to part, in one pass over each source.
+    is_shared = len(parts) > 1 and gradient.dim() == 2 and shape[1] == 1
+    each = _cut(gradient, parts[0]).shape if is_shared else shape[1:]
+    sums = torch.zeros(len(sources), *each, dtype=accumulator, device=gradient.device)
+    for part in parts:
+        outer = _cut(gradient, part).to(accumulator)
+        subtracted = None if base is None else _cut(base, part)
+        for total, source in zip(sums, sources, strict=True):
+            difference = _difference(_cut(source, part), subtracted)
+            if is_shared:
+                total[: len(outer)].addcmul_(outer, difference)
+            else:
                 total = _cut(total, part)
-                total += product.sum_to_size(total.shape)
-        return gradients.float(), *(None for _ in range(4 + len(sources)))
+                total += (outer * difference).sum_to_size(total.shape)
+    return torch.stack([total.sum_to_size(tuple(shape[1:])) for total in sums])
 
 
 def _combine_part(
@@ -144,14 +155,15 @@ def _combine_part(
 ) -> None:
     accumulator = _accumulator(sources)
     merged = out if out.dtype == accumulator else torch.empty_like(out, dtype=accumulator)
-    merged.zero_()
-    for coefficient, source in zip(coefficients, sources, strict=True):
-        factor = coefficient.to(accumulator)
-        if base is None:
+    factors = [coefficient.to(accumulator) for coefficient in coefficients]
+    if base is None:
+        torch.mul(sources[0], factors[0], out=merged)
+        for source, factor in zip(sources[1:], factors[1:], strict=True):
             merged.addcmul_(source, factor)
-        else:  # rounded as mergekit rounds task vectors, the base last: bit for bit the same
+    else:  # rounded as mergekit rounds task vectors, the base last: bit for bit the same
+        merged.zero_()
+        for source, factor in zip(sources, factors, strict=True):
             merged.add_(_difference(source, None if prepared else base) * factor)
-    if base is not None:
         merged.add_(base)
     if merged is not out:
         out.copy_(merged)

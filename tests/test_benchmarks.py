@@ -12,6 +12,7 @@ NAMES = {  # of rows of their tables
     "fit_step": ("plain training step", "cached"),
     "merge": ("linear", "dam"),
     "combine": ("merge, plain torch", "gradient, plain torch"),
+    "start": ("solving", "foreseen"),
 }
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -25,7 +26,7 @@ def test_the_page_names_them() -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_benchmark_prints_its_table(command: str) -> None:
     arguments = [*command.split(), "--shape", "tiny", "--repeat", "1"]
-    arguments += ["--length", "16"] if command.endswith("fit_step") else []
+    arguments += ["--length", "16"] if command.endswith(("fit_step", "start")) else []
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=240
     )

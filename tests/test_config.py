@@ -19,6 +19,7 @@ from mergekit_dam.config import DataSettings, Settings, read_recipe
 from mergekit_dam.config.recipe import match_reference
 from mergekit_dam.config.settings import PRESETS
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import place
 
 DATA = ({"source": "./m0", "path": "m0.jsonl"},)
 Check = Callable[..., Result]
@@ -365,6 +366,17 @@ def test_a_config_without_mistakes_gets_an_estimate(document: dict, check: Check
 def test_the_estimate_counts_what_is_trained(document: dict, check: Check) -> None:
     result = check(put(document, "dam.train", {"norm": False}))
     assert "21 output tensors, 16 of them with trained coefficients" in result.output
+
+
+def test_check_tells_what_a_fit_would_lack_here(
+    document: dict, check: Check, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is no mistake: the fit may run elsewhere."""
+    assert "needs about" not in check(document).output
+    monkeypatch.setattr(place, "free_memory", lambda device: 200_000)
+    result = check(put(document, "dam.recompute", "none"))
+    assert result.exit_code == 0, result.output
+    assert "of memory beside the sources" in result.output and ": set `dam." in result.output
 
 
 def test_check_writes_nothing(document: dict, check: Check, tmp_path: Path) -> None:

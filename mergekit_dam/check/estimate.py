@@ -9,9 +9,9 @@ from mergekit_dam.check.speed import step_seconds
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import foresee
+from mergekit_dam.fit.forecast import Forecast, foresee
 from mergekit_dam.fit.memory import size
-from mergekit_dam.fit.place import Place
+from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.start import trained_tensors
 from mergekit_dam.fit.teachers import rows_of_a_fit
 from mergekit_dam.headers import HeaderShapes
@@ -38,26 +38,29 @@ class Estimate:
     checkpoints: int
     states: int  # of the sources on their rows, where they are kept
     place: Place
+    lack: str | None  # of what is here
 
     def __str__(self) -> str:
-        unreached = (
-            f"{self.unreached_tensors} output tensors keep the plain average, since no text "
-            "reaches them\n"
-        )
         steps = ", ".join(f"{size(b)} (recompute: {mode})" for mode, b in self.step.items())
-        return (
+        start = f"; the start {size(self.place.start)}" if self.place.start else ""
+        states = f", states of the sources {size(self.states)}" if self.states else ""
+        lines = [
             f"{self.sources} sources{' and the base' if self.has_base else ''}, "
             f"{self.output_tensors} output tensors, "
-            f"{self.trained_tensors} of them with trained coefficients\n"
-            f"{unreached if self.unreached_tensors else ''}"
-            f"{self.coefficients:,} coefficients, {self.trained:,} of them trained\n"
+            f"{self.trained_tensors} of them with trained coefficients",
+            f"{self.unreached_tensors} output tensors keep the plain average, since no text "
+            "reaches them"
+            if self.unreached_tensors
+            else None,
+            f"{self.coefficients:,} coefficients, {self.trained:,} of them trained",
             f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
-            f"{steps}, and about {self.seconds:.2g} s"
-            f"{f'; the start {size(self.place.start)}' if self.place.start else ''}\n"
-            f"{self.place}\n"
+            f"{steps}, and about {self.seconds:.2g} s{start}",
+            str(self.place),
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
-            f"{f', states of the sources {size(self.states)}' if self.states else ''}"
-        )
+            f"{states}",
+            self.lack,
+        ]
+        return "\n".join(filter(None, lines))
 
 
 def estimate(
@@ -68,7 +71,10 @@ def estimate(
     device: str,
     data: Sequence[SourceData] = (),  # of each source, where all were read
 ) -> Estimate:
-    found = foresee(plan, settings, shapes, skeleton, device, data)
+    def foreseen(settings: Settings) -> Forecast:
+        return foresee(plan, settings, shapes, skeleton, device, data)
+
+    found = foreseen(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
     sees_all = settings.teacher == "cached" and len(data) == len(plan.teachers)
     rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
@@ -92,6 +98,7 @@ def estimate(
         checkpoints=int(8 * found.trained * (3 + 2 / len(plan.sources))) * has_steps,
         states=states * has_steps,
         place=found.place,
+        lack=lack(found.place, settings, lambda changed: foreseen(changed).place),
     )
 
 

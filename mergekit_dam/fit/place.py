@@ -137,30 +137,38 @@ def groups_of(skeleton: Skeleton, sizes: Mapping[str, int]) -> list[int]:
 
 
 def require_memory(found: Place, settings: Settings, again: Callable[[Settings], Place]) -> None:
-    """Raises DamError for a fit that cannot have what it needs, before anything is computed. It
-    names the first remedy that is one, by `again`: where a fit with other settings would be."""
+    """Raises DamError for a fit that cannot have what it needs, before anything is computed."""
+    if told := lack(found, settings, again):
+        raise DamError(told)
+
+
+def lack(found: Place, settings: Settings, again: Callable[[Settings], Place]) -> str | None:
+    """What a fit lacks here, if anything, and the first change of its settings that helps, by
+    `again`: where a fit with other settings would be."""
     if found.fits:
-        return
+        return None
     changes = next((c for c in remedies(settings, found) if again(_changed(settings, c)).fits), {})
     told = " and ".join(f"`dam.{key}: {value}`" for key, value in changes.items())
-    raise DamError(f"{_lack(found)}: {f'set {told}' if told else 'no setting would fit'}.")
+    remedy = f"set {told}" if told else "no setting would fit"
+    if found.needed <= found.free:
+        return (
+            f"The sources need {size(found.host)} of host memory beside the GPU, and "
+            f"{size(found.free_host)} are free: {remedy}."
+        )
+    free = size(max(found.free - found.sources, 0))
+    if found.start > found.step:
+        return (
+            f"The least-squares start needs about {size(found.start)} of memory beside the "
+            f"sources, and {free} are free on {found.device}: {remedy}."
+        )
+    return (
+        f"A step needs about {size(found.step)} of memory beside the sources, and {free} are free "
+        f"on {found.device}: {remedy}."
+    )
 
 
 def _changed(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     return settings.model_copy(update=changes)
-
-
-def _lack(found: Place) -> str:
-    if found.needed <= found.free:
-        return (
-            f"The sources need {size(found.host)} of host memory beside the GPU, and "
-            f"{size(found.free_host)} are free"
-        )
-    what = "The least-squares start" if found.start > found.step else "A step"
-    return (
-        f"{what} needs about {size(max(found.start, found.step))} of memory beside the sources, "
-        f"and {size(max(found.free - found.sources, 0))} are free on {found.device}"
-    )
 
 
 def remedies(settings: Settings, found: Place) -> Iterator[dict[str, Any]]:

@@ -2,10 +2,12 @@
 
     python -m tests.benchmarks.fit_step [--shape small|cpu|7b] [--sources 3] [--repeat 5]
 
-Random models are made and saved in a temporary folder. Plain steps (forward, backward to weights
-and activations) and fit steps run alternately in this process.
+Random models are made and saved in a temporary folder, or in `--folder`, where the next run finds
+them. Plain steps (forward, backward to weights and activations) and fit steps run alternately in
+this process.
 """
 
+import copy
 import math
 import tempfile
 from pathlib import Path
@@ -56,31 +58,45 @@ PLAIN = "plain training step"
 @click.option("--device", default=None)
 @click.option("--offload", multiple=True, default=("none", "disk"))
 @click.option("--cap", type=float, help="GB of the GPU that may be used")
-def main(shape, sources, base, rows, length, repeat, device, offload, cap) -> None:
+@click.option("--layers", type=int, help="instead of the shape's own number")
+@click.option("--folder", type=Path, help="where the models are kept")
+def main(shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cap and device != "cpu":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
-    config, dtype = SHAPES[shape], torch.float32 if device == "cpu" else torch.bfloat16
+    config, dtype = of_shape(shape, layers), torch.float32 if device == "cpu" else torch.bfloat16
     others = " and a base" if base else ""
-    print(f"{machine(device)}; {sources} x {rows} rows of {length} tokens{others}, {dtype}")
-    with tempfile.TemporaryDirectory() as folder:
-        models = [save(Path(folder) / f"m{n}", config, n, dtype) for n in range(sources)]
-        origin = save(Path(folder) / "base", config, sources, dtype) if base else None
+    told = f"{sources} x {rows} rows of {length} tokens{others}, {dtype}"
+    print(f"{machine(device)}; {config.num_hidden_layers} layers; {told}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = folder or Path(temporary)
+        models = [save(folder / f"m{n}", config, n, dtype, device) for n in range(sources)]
+        origin = save(folder / "base", config, sources, dtype, device) if base else None
         ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
         plain = {} if cap else {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
         for where in offload:  # one at a time: the sources of two would not fit
-            fit = _prepared(Path(folder), models, origin, ids, dtype, device, where)
-            steps = {**plain, **_steps(fit, Path(folder), device, cap)}
+            fit = prepared(Path(temporary), models, origin, ids, dtype, device, where)
+            steps = {**plain, **_steps(fit, Path(temporary), device, cap)}
             peaks = {name: peak_of(step, device) for name, step in steps.items()}
             predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
             print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
             del fit, steps
 
 
-def save(folder: Path, config, seed: int, dtype: torch.dtype) -> Path:
+def of_shape(shape: str, layers: int | None = None) -> transformers.LlamaConfig:
+    config = copy.deepcopy(SHAPES[shape])
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    return config
+
+
+def save(folder: Path, config, seed: int, dtype: torch.dtype, device: str = "cpu") -> Path:
+    if (folder / "tokenizer.json").exists():
+        return folder
     torch.manual_seed(seed)
-    transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+    with torch.device(device):  # a CPU takes minutes for the numbers of 7B
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder
 
@@ -97,9 +113,7 @@ def _plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str
     return step
 
 
-def _prepared(
-    folder: Path, models, base, ids, dtype: torch.dtype, device: str, offload: str
-) -> Fit:
+def prepared(folder: Path, models, base, ids, dtype: torch.dtype, device: str, offload: str) -> Fit:
     document = {
         "merge_method": "dam",
         "models": [{"model": str(model)} for model in models],

@@ -54,7 +54,11 @@ def _dam(folder: Path, models: list[Path]) -> dict:
         "models": [{"model": str(model)} for model in models],
         "parameters": {"coefficients": str(folder / "dam.safetensors")},
         "dtype": "bfloat16",
-        "dam": {"data": [{"source": str(m), "path": "unused.txt"} for m in models], "steps": 0},
+        "dam": {
+            "data": [{"source": str(m), "path": "unused.txt"} for m in models],
+            "start": "average",
+            "steps": 0,
+        },
     }
     (folder / "config.yml").write_text(yaml.safe_dump(document), encoding="utf-8")
     rows = [Row([1, 5, 6, 7])]
