@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 # Numbers that a program works on at once, of a merged weight and of a sum for each source; along
-# the axis whose numbers lie side by side, so many of them.
-MERGED, SUMMED, SIDE = 4096, 1024, 256
-STEPS = 16  # tiles that a program of the gradient sums up, at most,
-PROGRAMS = 2048  # but so few that there are as many programs, to fill a GPU
+# the axis whose numbers lie side by side, so many of them. The fastest of ten choices on an H200.
+MERGED, SUMMED, SIDE = 4096, 2048, 1024
+STEPS = 32  # tiles that a program of the gradient sums up, at most,
+PROGRAMS = 1024  # but so few that there are as many programs, to fill a GPU
 TOGETHER = 8  # sources whose sums fit into registers
 OPTIONS = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
 LOG = logging.getLogger(__name__)
@@ -133,7 +133,8 @@ def gradient(
         return torch.zeros(tuple(shape), dtype=_wide(sources), device=outer.device)
     layout = _layout(tuple(outer.shape), tuple(shape[1:]), SUMMED)
     groups = [sources[start : start + TOGETHER] for start in range(0, len(sources), TOGETHER)]
-    total = torch.cat([_sums(outer.contiguous(), group, subtracted, layout) for group in groups])
+    sums = [_sums(outer.contiguous(), group, subtracted, layout) for group in groups]
+    total = torch.cat(sums) if len(sums) > 1 else sums[0]
     if layout.is_expanded:
         total = total.reshape(len(sources), *outer.shape)
         total = total.sum_to_size((len(sources), *_padded(shape[1:], outer.shape)))
@@ -181,7 +182,7 @@ class _Layout:
     numbers: int  # in a tile
     is_expanded: bool = False  # to a coefficient for each number
 
-    @property
+    @functools.cached_property
     def tile(self) -> tuple[int, int]:  # summed, kept
         if self.strides[1] == 1 and self.kept > 1:
             kept = min(SIDE if self.summed > 1 else self.numbers, _power_of_2(self.kept))
@@ -189,11 +190,11 @@ class _Layout:
         summed = min(SIDE if self.kept > 1 else self.numbers, _power_of_2(self.summed))
         return summed, min(self.numbers // summed, _power_of_2(self.kept))
 
-    @property
+    @functools.cached_property
     def tiles_kept(self) -> int:
         return -(-self.kept // self.tile[1])
 
-    @property
+    @functools.cached_property
     def tiles_summed(self) -> int:
         return -(-self.summed // self.tile[0])
 

@@ -5,6 +5,7 @@ tokens only; each term is a mean over tokens, in nats where it is a divergence, 
 in float32. Of the coefficients: a list with one [N, *B] tensor for each output tensor.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
@@ -56,12 +57,16 @@ def similarity(coefficients: Sequence[Tensor]) -> Tensor:
 
     At a uniform start its gradient is exactly zero: parallel vectors are at the maximum.
     """
-    cosines = []
+    alike = defaultdict(list)  # by shape, since one operation serves for all tensors of a shape
     for c in coefficients:
-        first, second = _pairs(c.flatten(1))
-        if first.shape[1]:
-            cosines.append(F.cosine_similarity(first, second, dim=0).mean())
-    return torch.stack(cosines).mean() if cosines else torch.zeros(())
+        alike[c.flatten(1).shape].append(c.flatten(1))
+    cosines = []
+    for (count, _), members in alike.items():
+        if count > 1:
+            unit = F.normalize(torch.stack(members), dim=-1)  # [tensors, N, K]
+            sums = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # over both orders
+            cosines.append(sums / (count * (count - 1)))
+    return torch.cat(cosines).mean() if cosines else torch.zeros(())
 
 
 def l1(coefficients: Sequence[Tensor]) -> Tensor:
@@ -79,7 +84,7 @@ def overlap(coefficients: Sequence[Tensor], interference: Sequence[Tensor] | Non
     sources claim the same columns.
 
     `interference` (`weighted_overlap`) has a weight for each such minimum, [pairs, *B] for each
-    tensor: see `MergedModel.interference`.
+    tensor: see `fit.objective.interference`.
     """
     shared = []
     for index, c in enumerate(coefficients):

@@ -48,13 +48,13 @@ def test_the_fit_is_that_of_live_teachers(recipe, path, tmp_path):
 
 
 def test_no_teacher_runs_in_a_step(path, tmp_path, monkeypatch):
-    taught, states, step = [], MergedModel.states, CoefficientTrainer.training_step
+    taught, states, step = [], MergedModel.all_states, CoefficientTrainer.training_step
     in_step = False
 
-    def watched(self, input_ids, view=None):
+    def watched(self, passes):
         if in_step:
-            taught.append(view)
-        return states(self, input_ids, view)
+            taught.extend(view for _, view in passes)
+        return states(self, passes)
 
     def stepping(self, *args, **kwargs):
         nonlocal in_step
@@ -63,7 +63,7 @@ def test_no_teacher_runs_in_a_step(path, tmp_path, monkeypatch):
         in_step = False
         return result
 
-    monkeypatch.setattr(MergedModel, "states", watched)
+    monkeypatch.setattr(MergedModel, "all_states", watched)
     monkeypatch.setattr(CoefficientTrainer, "training_step", stepping)
     fitted(path, tmp_path / "out.safetensors")
     assert set(taught) == {None}

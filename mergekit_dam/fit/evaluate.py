@@ -44,7 +44,8 @@ def _figures(
     heads = merged.head(), merged.head(source)
     for inputs in _batches(rows, source, batch_size, merged.device):
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
-        states = [torch.cat(row_states(merged, ids, ends, starts, v)) for v in (None, source)]
+        views = [(view, range(len(ids))) for view in (None, source)]
+        states = [torch.cat(own) for own in row_states(merged, ids, ends, starts, views)]
         targets = torch.cat(
             [
                 row[start + 1 : end]

@@ -1,7 +1,8 @@
 """What the fit minimises: distillation terms over each source's own rows, and the terms on the
 coefficients (arXiv 2410.08371, section 3.2)."""
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from mergekit_dam import losses
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.fit.batches import groups
 from mergekit_dam.fit.chunks import ChunkedLoss, Terms
+from mergekit_dam.formula import alignment
 from mergekit_dam.model import MergedModel, View
 
 COMPARISONS = {
@@ -20,8 +22,9 @@ COMPARISONS = {
     "entropy": losses.entropy,
 }
 
-# Source, input_ids, lengths and starts of some of its rows -> its states, as `row_states` has them.
-Teach = Callable[[int, Tensor, Tensor, Tensor], list[Tensor]]
+# Source, input_ids, lengths and starts of some of its rows -> its states, as `row_states` has them;
+# None: they are to be computed.
+Teach = Callable[[int, Tensor, Tensor, Tensor], list[Tensor] | None]
 
 
 class Distillation(nn.Module):
@@ -35,13 +38,13 @@ class Distillation(nn.Module):
         teach: Teach | None = None,  # default: the sources' own models, now
     ):
         super().__init__()
-        self._teach = teach or (lambda source, *rows: row_states(merged, *rows, source))
+        self._teach = teach or (lambda *rows: None)
         self.merged = merged
         self._known = dict(enumerate(known_tokens))
         self._objective = objective
         weights = {name: getattr(objective, name) for name in COMPARISONS}
         self._weights = {name: weight for name, weight in weights.items() if weight}
-        self._interference = merged.interference() if objective.weighted_overlap else None
+        self._interference = interference(merged) if objective.weighted_overlap else None
 
     def forward(
         self, input_ids: Tensor, lengths: Tensor, starts: Tensor, sources: Tensor
@@ -55,23 +58,36 @@ class Distillation(nn.Module):
         loss, terms = self._regularise()
         if not self._weights:
             return {"loss": loss, **terms}
-        states = row_states(self.merged, input_ids, lengths, starts)
-        distilled = ChunkedLoss(self.merged.head(), self.merged.vocabulary)
         counts = _shared((lengths - 1 - starts).clamp_min(0), sources)
-        for source, count in counts.items():
-            rows = sources == source
-            student = torch.cat([part for part, own in zip(states, rows, strict=True) if own])
-            compare = self._comparison(source, count, input_ids[rows], lengths[rows], starts[rows])
-            found = distilled.add(student, compare, self._weights)
+        owners = sources.tolist()
+        own = {
+            source: [r for r, owner in enumerate(owners) if owner == source] for source in counts
+        }
+        student, taught = self._states(own, input_ids, lengths, starts)
+        distilled = ChunkedLoss(self.merged.head(), self.merged.vocabulary)
+        for source, rows in own.items():
+            compare = self._comparison(source, counts[source], torch.cat(taught[source]))
+            part = torch.cat([student[row] for row in rows])
+            found = distilled.add(part, compare, self._weights)
             terms |= {f"{name}_{source + 1}": term for name, term in found.items()}
         return {"loss": loss + distilled.loss(), **terms}
 
+    def _states(
+        self, own: Mapping[int, list[int]], *inputs: Tensor
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+        """Those of the merge for all rows, and those of each source for its `own`."""
+        taught = {
+            source: self._teach(source, *(part[rows] for part in inputs))
+            for source, rows in own.items()
+        }
+        live = [source for source, states in taught.items() if states is None]
+        views = [(None, range(len(inputs[0]))), *((source, own[source]) for source in live)]
+        student, *found = row_states(self.merged, *inputs, views)
+        return student, {**taught, **dict(zip(live, found, strict=True))}
+
     @torch.no_grad()
-    def _comparison(
-        self, source: int, count: float, input_ids: Tensor, lengths: Tensor, starts: Tensor
-    ) -> Terms:
-        """The terms of one source on its own rows: sums over tokens, divided by `count`."""
-        states = torch.cat(self._teach(source, input_ids, lengths, starts))
+    def _comparison(self, source: int, count: float, states: Tensor) -> Terms:
+        """The terms of one source, whose states are given: sums over tokens, divided by `count`."""
         head = self.merged.head(source)
 
         def terms(student: Tensor, chunk: slice) -> dict[str, Tensor]:
@@ -114,17 +130,26 @@ def row_states(
     input_ids: Tensor,  # [rows, longest]
     lengths: Tensor,  # [rows]
     starts: Tensor,  # [rows]
-    view: View | None = None,
-) -> list[Tensor]:
-    """For each row [tokens, width], of the positions that count: those from a row's start whose
-    next token is real. Padding, a row's end and what predicts its prompt do not."""
-    result: dict[int, Tensor] = {}
+    views: Sequence[tuple[View | None, Sequence[int]]],  # each with the rows that it sees
+) -> list[list[Tensor]]:
+    """For each view, for each of its rows [tokens, width], of the positions that count: those from
+    a row's start whose next token is real. Padding, a row's end and what predicts its prompt do
+    not."""
     ends, starts = lengths.tolist(), starts.tolist()
-    for rows in groups(ends):
-        states = merged.states(input_ids[rows, : ends[rows[0]]], view)
-        for row, own in zip(rows, states, strict=True):
-            result[row] = own[starts[row] : ends[row] - 1]
-    return [result[row] for row in range(len(ends))]
+    passes = [
+        (number, view, [rows[index] for index in together])
+        for number, (view, rows) in enumerate(views)
+        for together in groups([ends[row] for row in rows])
+    ]
+    found = merged.all_states(
+        [(input_ids[rows, : ends[rows[0]]], view) for _, view, rows in passes]
+    )
+    states = {
+        (number, row): own[starts[row] : ends[row] - 1]
+        for (number, _, rows), together in zip(passes, found, strict=True)
+        for row, own in zip(rows, together, strict=True)
+    }
+    return [[states[number, row] for row in rows] for number, (_, rows) in enumerate(views)]
 
 
 def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:
@@ -136,3 +161,23 @@ def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:
         torch.distributed.all_reduce(counts)
         counts /= torch.distributed.get_world_size()
     return {source: count for source, count in enumerate(counts.tolist()) if count}
+
+
+@torch.no_grad()
+def interference(merged: MergedModel) -> list[Tensor]:
+    """For each trained tensor [pairs, *B]: sin²(2θ), θ being the angle between D_i and D_j.
+
+    Nothing for parts that are parallel or orthogonal, most for 45 degrees, as in the published
+    `weighted_overlap`.
+    """
+    result = []
+    for name, c in merged.trained_coefficients().items():
+        stack = merged.stack(name)
+        parts, base = stack.parts
+        cosines = [
+            alignment(first, second, base, c.shape[1:])
+            for first, second in itertools.combinations(parts[: stack.teachers], 2)
+        ]
+        squares = torch.stack(cosines).square() if cosines else c.new_zeros(0, *c.shape[1:])
+        result.append(4 * squares * (1 - squares))
+    return result

@@ -42,14 +42,14 @@ class KeptTeachers:
 
     def __call__(
         self, source: int, input_ids: Tensor, lengths: Tensor, starts: Tensor
-    ) -> list[Tensor]:
-        """For each row [tokens, width], as `row_states` does it."""
+    ) -> list[Tensor] | None:
+        """For each row [tokens, width], as `row_states` does it; None where one is not kept."""
         keys = [
             _key(Row(ids[:length].tolist(), start))
             for ids, length, start in zip(input_ids, lengths.tolist(), starts.tolist(), strict=True)
         ]
         if any((source, key) not in self._files for key in keys):
-            return row_states(self._merged, input_ids, lengths, starts, source)
+            return None
         found = [self._read(self._files[source, key], key) for key in keys]
         return [states.to(input_ids.device) for states in found]
 
@@ -72,7 +72,8 @@ class KeptTeachers:
         ids, lengths, starts = (
             inputs[name].to(self._merged.device) for name in ("input_ids", "lengths", "starts")
         )
-        states = row_states(self._merged, ids, lengths, starts, source)
+        view = (source, range(len(ids)))
+        (states,) = row_states(self._merged, ids, lengths, starts, [view])
         if not self._merged.has_head(source):
             raise DamError(
                 "This model cannot be taken apart before its head, so its teachers' states cannot "

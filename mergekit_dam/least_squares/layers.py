@@ -15,8 +15,7 @@ from mergekit_dam.least_squares.objective import (
     LinearObjective,
     NormObjective,
 )
-from mergekit_dam.least_squares.paths import Arrival
-from mergekit_dam.model import Block
+from mergekit_dam.model import Arrival, Block
 
 
 @dataclass(frozen=True)

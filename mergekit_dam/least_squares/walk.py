@@ -22,11 +22,10 @@ from mergekit_dam.least_squares.layers import (
     layers,
 )
 from mergekit_dam.least_squares.objective import LayerObjective
-from mergekit_dam.least_squares.paths import Path, abreast
 from mergekit_dam.least_squares.problem import Problem
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.least_squares.solve import solve
-from mergekit_dam.model import Block, MergedModel
+from mergekit_dam.model import Block, MergedModel, Path
 
 RIDGES = (1.0, 0.1, 1e-2, 1e-3)  # of a tensor's mean second derivative
 TOLERANCE = 1e-2  # of a residual: a hundredth of that takes twice the products for the same merge
@@ -38,16 +37,12 @@ BlockWeights = Mapping[str, Tensor]  # by their names in the block
 class Pair:
     """The same rows in the merge and in their source."""
 
+    number: int  # the source's
     merge: Path
     source: Path
     real: Tensor  # [rows, length], False at padding
     is_check: bool  # whether the rows choose the ridge rather than the coefficients
     share: float  # what a token counts: one over its source's tokens
-
-    @property
-    def number(self) -> int:
-        """The source's."""
-        return self.source.source
 
 
 @dataclass(frozen=True)
@@ -108,7 +103,7 @@ def least_squares(
     """
     walk = _Walk(merged, list(_pairs(merged, rows)), set(solved))
     head = merged.model.get_output_embeddings()
-    with torch.no_grad(), abreast(merged, walk.paths()):
+    with torch.no_grad(), merged.abreast(walk.paths()):
         while (arrival := walk.pairs[0].merge.arrival) is not None:
             sources = [merged.block_weights(arrival.block, s) for s in range(len(rows))]
             walk.solve(arrival.block, sources)
@@ -196,5 +191,5 @@ def _pair(merged: MergedModel, chunk: Sequence[Row], source: int, is_check: bool
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True).to(merged.device)
     lengths = torch.tensor([len(row) for row in chunk], device=ids.device)
     real = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    paths = (Path(merged, ids, source, "merge"), Path(merged, ids, source, source))
-    return Pair(*paths, real, is_check, share)
+    paths = (Path(merged, ids, view) for view in ("merge", source))
+    return Pair(source, *paths, real, is_check, share)

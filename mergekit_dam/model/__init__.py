@@ -1,18 +1,22 @@
 """The merged model of the fit: a Hugging Face skeleton whose weights are made block by block."""
 
 from mergekit_dam.model.block import Block
-from mergekit_dam.model.merged import Head, MergedModel, View
+from mergekit_dam.model.head import Head
+from mergekit_dam.model.merged import MergedModel
 from mergekit_dam.model.offload import Inputs, Offload
+from mergekit_dam.model.paths import Arrival, Path, View
 from mergekit_dam.model.recompute import Recompute
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
 from mergekit_dam.model.weights import SourceWeights, Stack
 
 __all__ = [
+    "Arrival",
     "Block",
     "Head",
     "Inputs",
     "MergedModel",
     "Offload",
+    "Path",
     "Recompute",
     "Role",
     "Skeleton",

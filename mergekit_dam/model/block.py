@@ -47,6 +47,11 @@ class Block(nn.Module):
         """The block with its present weights, made here and not kept."""
         return self.run_with(self.weights(), *args, **kwargs)
 
+    def run_each(self, calls: Sequence[tuple[tuple, dict]]) -> list[Any]:
+        """The same for several calls, with weights made once."""
+        weights = self.weights()
+        return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
+
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
         return functional_call(self.block, weights, args, kwargs, tie_weights=False)
 

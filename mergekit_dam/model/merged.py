@@ -7,24 +7,22 @@ at a time. A teacher is the same skeleton with one source's own tensors in place
 ones; it costs no extra weights.
 """
 
-import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import alignment, combine
+from mergekit_dam.formula import combine
 from mergekit_dam.model.block import Block, Call, with_made_weights
+from mergekit_dam.model.head import Head
+from mergekit_dam.model.paths import Path, View, arrive, begun, drive
 from mergekit_dam.model.recompute import Recompute, run
 from mergekit_dam.model.skeleton import Skeleton, set_places
 from mergekit_dam.model.split import Split
 from mergekit_dam.model.weights import SourceWeights, Stack
-
-# A source's number, the merge, the plain average, or weights that are given: output tensor -> S.
-View = int | Literal["merge", "average"] | Mapping[str, Tensor]
 
 
 class MergedModel(nn.Module):
@@ -53,7 +51,8 @@ class MergedModel(nn.Module):
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
         self._split = Split(self.model)
-        weights.group(m.names() for m in self.model.modules() if isinstance(m, Block))
+        self._blocks = tuple(m for m in self.model.modules() if isinstance(m, Block))
+        weights.group(block.names() for block in self._blocks)
 
     @property
     def model(self) -> nn.Module:
@@ -109,25 +108,6 @@ class MergedModel(nn.Module):
                     return row, name
         return None
 
-    @torch.no_grad()
-    def interference(self) -> list[Tensor]:
-        """For each trained tensor [pairs, *B]: sin²(2θ), θ being the angle between D_i and D_j.
-
-        Nothing for parts that are parallel or orthogonal, most for 45 degrees, as in the
-        published `weighted_overlap`.
-        """
-        result = []
-        for name, c in self.trained_coefficients().items():
-            stack = self._weights[name]
-            parts, base = stack.parts
-            cosines = [
-                alignment(first, second, base, c.shape[1:])
-                for first, second in itertools.combinations(parts[: stack.teachers], 2)
-            ]
-            squares = torch.stack(cosines).square() if cosines else c.new_zeros(0, *c.shape[1:])
-            result.append(4 * squares * (1 - squares))
-        return result
-
     def forward(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, vocabulary]
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
         return self.model(input_ids=input_ids, use_cache=False).logits
@@ -142,30 +122,78 @@ class MergedModel(nn.Module):
             return model(input_ids)
 
     @contextmanager
-    def speaking_as(self, view: "View") -> Iterator["MergedModel"]:
+    def speaking_as(self, view: View) -> Iterator["MergedModel"]:
         """A context with the model that computes what `view` computes: this one, or a source's
         own."""
-        own = self._teachers.get(view) if isinstance(view, int) else None
-        model, view = (self, view) if own is None else (own, 0)
+        model, view = self._speaker(view)
         with model._seen_as(view):
             yield model
 
-    def states(self, input_ids: Tensor, view: "View | None" = None) -> Tensor:
-        """[rows, length, width]: what the head of a view makes logits of."""
-        if view in self._teachers:
-            return self._teachers[view].states(input_ids, 0)
-        with self._seen_as(self._view if view is None else view):
-            return self._split.states(input_ids)
+    def _speaker(self, view: View | None) -> "tuple[MergedModel, View]":
+        """The model that computes what a view computes, by default the present one, and that
+        model's view."""
+        if isinstance(view, int) and view in self._teachers:
+            return self._teachers[view], 0
+        return self, self._view if view is None else view
 
-    def head(self, view: "View | None" = None) -> "Head":
-        """The head of a view, its weights made once."""
-        if view in self._teachers:
-            return self._teachers[view].head(0)
-        inside = [
-            m for m in self.model.modules() if isinstance(m, Block) and self._split.in_head(m)
+    def states(self, input_ids: Tensor, view: View | None = None) -> Tensor:
+        """[rows, length, width]: what the head of a view makes logits of."""
+        model, view = self._speaker(view)
+        with model._seen_as(view):
+            return model._split.states(input_ids)
+
+    def all_states(self, passes: Sequence[tuple[Tensor, View | None]]) -> list[Tensor]:
+        """`states` of each pass. Those of the merge go through the blocks side by side, so that a
+        block's weights are made once for all of them; so do those of the sources, where tensors
+        are fetched for each block."""
+        spoken = [(*self._speaker(view), ids) for ids, view in passes]
+        together = [
+            index
+            for index, (model, view, _) in enumerate(spoken)
+            if model is self and (view == "merge" or self._weights.is_fetched)
         ]
-        with self._seen_as(self._view if view is None else view):
-            return Head(self, self._split, {block.path: block.weights() for block in inside})
+        found = self._abreast([(spoken[index][2], spoken[index][1]) for index in together])
+        result = dict(zip(together, found, strict=True))
+        return [result[n] if n in result else self.states(*p) for n, p in enumerate(passes)]
+
+    def _abreast(self, passes: Sequence[tuple[Tensor, View]]) -> list[Tensor]:
+        if len(passes) < 2:
+            return [self.states(*own) for own in passes]
+        self._learn_split(passes[0][0])
+        paths = [
+            Path(
+                self._split.states,
+                ids,
+                view,
+                has_gradients=view == "merge" and torch.is_grad_enabled(),
+            )
+            for ids, view in passes
+        ]
+        with self.abreast(paths):
+            drive(paths, self._run)
+        return [path.result for path in paths]
+
+    def _learn_split(self, input_ids: Tensor) -> None:
+        """Before several passes, which could not try the head on the way."""
+        if not self._split.is_known:
+            with torch.no_grad():
+                self.states(input_ids[:2, :3])
+
+    def _run(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
+        """A block's outputs for several calls, its weights made once."""
+        with self._seen_as(view):
+            if view == "merge" and torch.is_grad_enabled():
+                return run(block, calls, self.recompute)
+            with torch.no_grad():
+                return block.run_each(calls)
+
+    def head(self, view: View | None = None) -> Head:
+        """The head of a view, its weights made once."""
+        model, view = self._speaker(view)
+        with model._seen_as(view):
+            inside = [block for block in model._blocks if model._split.in_head(block)]
+            made = {block.path: block.weights() for block in inside}
+        return Head(model._split, made, model.intercepted)
 
     def has_head(self, source: int) -> bool:
         """Whether a source's states are something else than its logits; known after a pass."""
@@ -184,7 +212,13 @@ class MergedModel(nn.Module):
         finally:
             self._intercept = before
 
-    def block_weights(self, block: Block, view: "View") -> dict[str, Tensor]:
+    @contextmanager
+    def abreast(self, paths: Sequence[Path]) -> Iterator[None]:
+        """A context in which all paths stand at a block of the model, at first its first."""
+        with self.intercepted(arrive), begun(paths):
+            yield
+
+    def block_weights(self, block: Block, view: View) -> dict[str, Tensor]:
         """The weights of one block as a source (its number), the merge or the average has them."""
         with self._seen_as(view):
             return block.weights()
@@ -192,8 +226,7 @@ class MergedModel(nn.Module):
     def trained_blocks(self) -> list[Block]:
         """The blocks that have trained tensors of their own."""
         trained = self.trained_coefficients().keys()
-        blocks = (module for module in self.model.modules() if isinstance(module, Block))
-        return [block for block in blocks if trained & set(block.tensors.values())]
+        return [block for block in self._blocks if trained & set(block.tensors.values())]
 
     def stack(self, name: str) -> Stack:
         """The inputs of one output tensor."""
@@ -203,11 +236,11 @@ class MergedModel(nn.Module):
         if self._intercept is not None:
             return self._intercept(block, args, kwargs)
         if self._view == "merge" and torch.is_grad_enabled():
-            return run(block, args, kwargs, self.recompute)
+            return run(block, [(args, kwargs)], self.recompute)[0]
         return block.run(*args, **kwargs)
 
     @contextmanager
-    def _seen_as(self, view: "View"):
+    def _seen_as(self, view: View):
         before, self._view = self._view, view
         try:
             yield
@@ -248,34 +281,6 @@ class MergedModel(nn.Module):
         if wide == stack.dtype:
             return stack.merge(coefficients, stack.dtype)
         return _StraightThrough.apply(stack.merge(coefficients, wide), stack.dtype)
-
-
-class Head:
-    """Makes logits [tokens, vocabulary] of states [tokens, width]."""
-
-    def __init__(self, merged: MergedModel, split: Split, made: dict[str, dict[str, Tensor]]):
-        self._merged, self._split = merged, split
-        self._made = {
-            (path, name): weight for path, own in made.items() for name, weight in own.items()
-        }
-        # The weights as leaves: what they are made of is no matter of each call.
-        self._leaves = {
-            key: weight.detach().requires_grad_(weight.requires_grad)
-            for key, weight in self._made.items()
-        }
-
-    def __call__(self, states: Tensor) -> Tensor:
-        with self._merged.intercepted(self._run):
-            return self._split.logits(states)
-
-    def _run(self, block: Block, args: tuple, kwargs: dict):
-        own = {name: leaf for (path, name), leaf in self._leaves.items() if path == block.path}
-        return block.run_with(own, *args, **kwargs)
-
-    def trained(self) -> list[tuple[Tensor, Tensor]]:
-        """(weight, leaf) of each weight that has a gradient: the leaf is what a call uses, the
-        weight what it was made as."""
-        return [(w, self._leaves[key]) for key, w in self._made.items() if w.requires_grad]
 
 
 class _StraightThrough(torch.autograd.Function):

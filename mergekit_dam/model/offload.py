@@ -143,6 +143,10 @@ class InHostMemory:
         return self._on_device((self._groups[name], None))[name]
 
     def source(self, name: str, index: int) -> Tensor:
+        """Of a copy of all sources, where one is there."""
+        whole = (self._groups[name], None)
+        if whole in self._copies:
+            return self._on_device(whole)[name].sources[index]
         return self._on_device((self._groups[name], index))[name].sources[0]
 
     def _on_device(self, wanted: Wanted) -> Mapping[str, Inputs]:

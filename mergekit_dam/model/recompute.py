@@ -5,7 +5,7 @@
 - `none`: everything.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,15 +18,15 @@ from mergekit_dam.model.block import Block
 Recompute = Literal["block", "weights", "none"]
 
 
-def run(block: Block, args: tuple, kwargs: dict, recompute: Recompute) -> Any:
-    """A block with gradients."""
+def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute) -> list[Any]:
+    """A block's outputs for several calls, with gradients."""
     if recompute == "block":
-        return checkpoint(block.run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(block.run_each, calls, use_reentrant=False, preserve_rng_state=False)
     if recompute == "none":
-        return block.run(*args, **kwargs)
+        return block.run_each(calls)
     weights = block.weights()
     with _without_weights(block, weights):
-        return block.run_with(weights, *args, **kwargs)
+        return [block.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
 
 def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tensors_hooks:

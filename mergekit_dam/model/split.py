@@ -6,7 +6,9 @@ its logits after the head (soft caps, scales) is part of its own `forward`, whic
 is: once with its inner model cut short, once with its inner model answering the given states.
 """
 
-from collections.abc import Iterator
+import functools
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,9 +25,27 @@ class Split:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._model = model
+        self._model, inner = model, model.base_model
         self._answer: type | None = None  # what the inner model returns
-        self.is_whole = model.base_model is model
+        self.is_whole = inner is model
+        # What the inner model does instead of its own `forward`, in a thread: passes may run in
+        # several.
+        self._instead, self._forward = threading.local(), inner.forward
+        self._inside = frozenset(map(id, inner.modules()))
+        if not self.is_whole:
+            inner.forward = self._in_place_of(inner.forward)
+
+    def _in_place_of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(forward)  # models look at the arguments that it takes
+        def found(*args, **kwargs):
+            return getattr(self._instead, "forward", forward)(*args, **kwargs)
+
+        return found
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a pass has shown what the parts are."""
+        return self.is_whole or self._answer is not None
 
     def states(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, width]
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
@@ -42,18 +62,15 @@ class Split:
 
     def in_head(self, module: nn.Module) -> bool:
         """Whether a module belongs to the second part."""
-        if self.is_whole:
-            return False
-        return all(module is not inner for inner in self._model.base_model.modules())
+        return not self.is_whole and id(module) not in self._inside
 
     def _inner_outputs(self, input_ids: Tensor) -> Any:
         """What the inner model returns when the model calls it in its own way."""
-        inner = self._model.base_model.forward
 
         def until_here(*args, **kwargs):
-            raise _Reached(inner(*args, **kwargs))
+            raise _Reached(self._forward(*args, **kwargs))
 
-        with _answering(self._model.base_model, until_here):
+        with self._answering(until_here):
             try:
                 self._model(input_ids=input_ids, use_cache=False)
             except _Reached as end:
@@ -79,23 +96,18 @@ class Split:
         is_named = isinstance(kind, type) and issubclass(kind, ModelOutput)
         answer = kind(last_hidden_state=states) if is_named else (states,)
         ids = torch.zeros(states.shape[:2], dtype=torch.long, device=states.device)
-        with _answering(self._model.base_model, lambda *args, **kwargs: answer):
+        with self._answering(lambda *args, **kwargs: answer):
             return self._model(input_ids=ids, use_cache=False).logits
+
+    @contextmanager
+    def _answering(self, forward: Callable[..., Any]) -> Iterator[None]:
+        """A context in which, in this thread, `forward` is the inner model's own."""
+        self._instead.forward = forward
+        try:
+            yield
+        finally:
+            del self._instead.forward
 
 
 class _Reached(Exception):
     """Ends a model's `forward` where its inner model has returned."""
-
-
-@contextmanager
-def _answering(module: nn.Module, forward) -> Iterator[None]:
-    """A context in which `forward` is a module's own."""
-    before = vars(module).get("forward")  # of its own, where something has wrapped it
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before

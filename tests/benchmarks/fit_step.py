@@ -123,6 +123,7 @@ def prepared(folder: Path, models, base, ids, dtype: torch.dtype, device: str, o
         "dam": {
             "data": [{"source": str(m), "path": "unused.txt"} for m in models],
             "batch_size": len(ids[0]),
+            "max_length": ids[0].shape[1],
             "recompute": "block",
             "offload": offload,
         },
@@ -135,7 +136,7 @@ def prepared(folder: Path, models, base, ids, dtype: torch.dtype, device: str, o
 
 def _steps(fit: Fit, folder: Path, device: str, cap: float | None) -> dict[str, Step]:
     """Those that fit into what is free."""
-    free = min(free_memory(device), cap * 1e9 if cap else math.inf)
+    free = min(free_memory(device), cap * 1e9 - fit.place.sources if cap else math.inf)
     kept = KeptTeachers(fit.merged, folder / "teachers", "")
     kept.keep([source.train for source in fit.data])
     stepped = StepRows(fit.data)

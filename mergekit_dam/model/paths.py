@@ -2,20 +2,26 @@
 
 Each pass has a thread of its own, of which one runs at a time: a generator would do, could it be
 carried through a model's own code. Whoever drives them sees the arguments with which every pass
-arrives at a block, runs the block for each as often as it likes, and hands the outputs back.
+arrives at a block, runs the block for each as often as it likes, and hands the outputs back. So
+what a block needs is there once for all passes.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.model import Block, MergedModel, View
+from mergekit_dam.model.block import Block
+
+# Whose weights a pass sees: a source's (its number), the merge's, the plain average's, or weights
+# that are given: output tensor -> S.
+View = int | Literal["merge", "average"] | Mapping[str, Tensor]
 
 
 class _Stop(BaseException):
@@ -34,11 +40,17 @@ class Arrival:
 class Path:
     """One forward pass of some rows, as the merge or as a source sees them."""
 
-    def __init__(self, model: Callable[[Tensor], Any], input_ids: Tensor, source: int, view: View):
-        self.input_ids = input_ids  # [rows, length]
-        self.source = source  # whose rows they are
-        self.view = view
+    def __init__(
+        self,
+        model: Callable[[Tensor], Any],
+        input_ids: Tensor,  # [rows, length]
+        view: View,
+        *,
+        has_gradients: bool = False,
+    ):
+        self.input_ids, self.view, self._has_gradients = input_ids, view, has_gradients
         self.arrival: Arrival | None = None  # None at the end
+        self.result: Any = None  # the model's, at the end
         self._arrived: SimpleQueue = SimpleQueue()
         self._outputs: SimpleQueue = SimpleQueue()
         self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
@@ -75,8 +87,8 @@ class Path:
         try:
             if self.input_ids.is_cuda:  # a thread begins with the first device
                 torch.cuda.set_device(self.input_ids.device)
-            with torch.no_grad():
-                model(self.input_ids)
+            with torch.set_grad_enabled(self._has_gradients):
+                self.result = model(self.input_ids)
             self._arrived.put(None)
         except _Stop:
             pass
@@ -87,14 +99,35 @@ class Path:
 _current = threading.local()
 
 
+def arrive(block: Block, args: tuple, kwargs: dict) -> Any:
+    """What a block's call is to be in the threads of the passes."""
+    return _current.path.arrive(block, args, kwargs)
+
+
 @contextmanager
-def abreast(merged: MergedModel, paths: list[Path]) -> Iterator[None]:
-    """A context in which all paths stand at the same block of the model, at first its first."""
-    with merged.intercepted(lambda *call: _current.path.arrive(*call)):
-        try:
-            for path in paths:
-                path.start()
-            yield
-        finally:
-            for path in paths:
-                path.stop()
+def begun(paths: Sequence[Path]) -> Iterator[None]:
+    """A context in which every path stands at a block, at first at its first."""
+    try:
+        for path in paths:
+            path.start()
+        yield
+    finally:
+        for path in paths:
+            path.stop()
+
+
+# Outputs of a block for several calls (args and kwargs of each), as a view sees it.
+Run = Callable[[Block, Sequence[tuple[tuple, dict]], View], Sequence[Any]]
+
+
+def drive(paths: Sequence[Path], run: Run) -> None:
+    """Bring all paths to their ends; at each block those that have the same view go together."""
+    while waiting := [path for path in paths if path.arrival is not None]:
+        block, together = waiting[0].arrival.block, defaultdict(list)
+        for path in waiting:
+            if path.arrival.block is block:
+                together[path.view].append(path)
+        for view, own in together.items():
+            calls = [(path.arrival.args, path.arrival.kwargs) for path in own]
+            for path, output in zip(own, run(block, calls, view), strict=True):
+                path.go_on(output)

@@ -1,0 +1,120 @@
+"""Several passes side by side: the same numbers, and what a block needs is there once for all."""
+
+import threading
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from mergekit.options import MergeOptions
+
+from mergekit_dam.config import read_recipe
+from mergekit_dam.config.settings import Objective
+from mergekit_dam.data import Row
+from mergekit_dam.fit.batches import batch, groups
+from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.model import Block, MergedModel, weights
+
+LENGTHS = (12, 12, 7, 3)
+ROWS = [Row([(7 * row + place) % 40 + 4 for place in range(n)]) for row, n in enumerate(LENGTHS)]
+STEP = batch(ROWS, [0, 1, 0, 1])
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    def make(name: str = "llama", **dam) -> MergedModel:
+        models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 2)
+        path = str(recipe(models, dam=dam))
+        return prepare(read_recipe(path), MergeOptions(quiet=True), device="cpu").merged
+
+    return make
+
+
+def step(merged: MergedModel) -> None:
+    Distillation(merged, Objective())(**STEP)["loss"].backward()
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+@pytest.mark.parametrize("offload", ["none", "cpu", "disk"])
+def test_each_has_the_states_that_it_has_alone(make, name, offload):
+    merged = make(name, offload=offload)
+    passes = [
+        (torch.randint(4, 40, (rows, length)), view)
+        for rows, length, view in ((2, 9, None), (1, 5, 0), (3, 4, None), (2, 9, 1), (1, 2, 0))
+    ]
+    with torch.no_grad():
+        found = merged.all_states(passes)
+        for states, own in zip(found, passes, strict=True):
+            assert torch.equal(states, merged.states(*own))
+
+
+def test_the_plain_average_side_by_side(make):
+    """What is evaluated before a fit is the present view, and no merge."""
+    merged, ids = make(offload="disk"), tiny.tokens()
+    with torch.no_grad(), merged.as_average():
+        average, _ = merged.all_states([(ids, None), (ids, 0)])
+        assert torch.equal(average, merged.states(ids))
+    for c in merged.parameters():
+        c.data.mul_(0.5)
+    assert not torch.equal(average, merged.states(ids))
+
+
+@pytest.mark.parametrize("recompute, times", [("block", 2), ("weights", 2), ("none", 1)])
+def test_a_weight_is_made_once_for_rows_of_all_lengths(make, monkeypatch, recompute, times):
+    merged, made = make(), []
+    merged.recompute = recompute
+    combine = weights.combine
+    step(merged)  # finds out how the model is split
+    monkeypatch.setattr(weights, "combine", lambda *a, **k: made.append(1) or combine(*a, **k))
+    assert len(groups(LENGTHS)) == 3
+    step(merged)
+    assert len(made) <= times * len(list(merged.parameters()))
+
+
+def test_a_step_copies_each_block_once_for_each_way(make, monkeypatch):
+    """Forwards for the merge and its teachers together, and backwards."""
+    merged, copied = make(offload="cpu"), Counter()
+    for _ in range(2):
+        step(merged)  # what follows on what
+    store = merged._weights._store
+    copy = store._copy
+    monkeypatch.setattr(store, "_copy", lambda wanted: copied.update([wanted]) or copy(wanted))
+    step(merged)
+    blocks = {tuple(m.names()) for m in merged.model.modules() if isinstance(m, Block)}
+    assert {names for names, _ in copied} == blocks
+    assert {index for _, index in copied} == {None}  # never a source alone
+    assert max(copied.values()) <= 2
+
+
+def test_gradients_are_those_of_rows_one_after_the_other(make):
+    merged = make()
+    step(merged)
+    together = [c.grad.clone() for c in merged.parameters()]
+    merged.zero_grad()
+    for source in (0, 1):
+        rows, count = ROWS[source::2], sum(len(row) - 1 for row in ROWS[source::2])
+        for row in rows:
+            loss = Distillation(merged, Objective(similarity=0.0))(**batch([row], [source]))
+            (loss["loss"] * (len(row) - 1) / count).backward()
+    for one, other in zip(together, merged.parameters(), strict=True):
+        torch.testing.assert_close(one, other.grad, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("where", ["a block", "between the blocks"])
+def test_what_fails_in_one_of_them_is_raised_and_ends_all(make, monkeypatch, where):
+    merged = make(offload="disk")
+    step(merged)
+    before = threading.active_count()
+
+    def fail(*args, **kwargs):
+        raise ArithmeticError("no such number")
+
+    if where == "a block":
+        monkeypatch.setattr(Block, "run_with", fail)
+    else:
+        monkeypatch.setattr(merged.model.base_model.rotary_emb, "forward", fail)
+    with pytest.raises(ArithmeticError, match="no such number"):
+        step(merged)
+    assert threading.active_count() == before
+    assert merged._intercept is None
