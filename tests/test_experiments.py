@@ -63,7 +63,7 @@ def test_the_driver_compares_collects_and_goes_on(driver, tmp_path, monkeypatch,
     everything = ["run.py", "--out", str(tmp_path), "--scenarios", "two", "--seeds", "0,1"]
     small = ["--search-rows", "4", "--evaluations", "3"]
     monkeypatch.setattr(driver, "FITS", {"dam short": {"steps": 1}})
-    monkeypatch.setattr(driver, "ONLY", ("linear", "dam short"))
+    small += ["--only", "linear,dam short"]
     monkeypatch.setattr(sys, "argv", [*everything, *small])
     driver.main()
     page = (tmp_path / "tables.md").read_text()

@@ -4,13 +4,14 @@
 
 Every scenario and seed has a folder of its own under DIR: its checkpoints, and the comparison that
 `mergekit-dam compare` makes of them. What is there already is kept, so an interrupted run goes on;
-`--again "dam,dam short"` computes these merges anew. DIR/tables.md is written from what is there.
+`--again "dam,dam short"` computes these merges anew, `--only dam` no others. DIR/tables.md is
+written from what is there.
 """
 
 import argparse
 import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import close
@@ -38,11 +39,17 @@ SCENARIOS: dict[str, Callable[[Path, int], Path]] = {
     "lora": lora.make,
 }
 # Fits with every default but the steps: a tenth of them, and the start by least squares alone.
-FITS = {"dam short": {"steps": 20}, "dam start": {"steps": 0}}
-ONLY: tuple[str, ...] = ()  # merges to compare; none: all
+FITS = {"dam short": {"steps": 80}, "dam start": {"steps": 0}}
 
 
-def run(folder: Path, scenario: str, seed: int, again: Iterable[str], **settings: int) -> None:
+def run(
+    folder: Path,
+    scenario: str,
+    seed: int,
+    again: Iterable[str],
+    only: Sequence[str],
+    **settings: int,
+) -> None:
     place = folder / f"{scenario}-{seed}"
     config = place / "config.yml"
     if not config.exists():
@@ -53,7 +60,7 @@ def run(folder: Path, scenario: str, seed: int, again: Iterable[str], **settings
         str(place / "compared"),
         MergeOptions(quiet=True, lora_merge_cache=str(place / "lora")),
         device="cpu",
-        only=ONLY,
+        only=tuple(only),
         fits=FITS,
         say=lambda text: print(f"{scenario} {seed}: {text}", flush=True),
         **settings,
@@ -180,14 +187,15 @@ def main() -> None:
     parser.add_argument("--scenarios", default=",".join(SCENARIOS))
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--again", default="", help="merges to compute anew")
+    parser.add_argument("--only", default="", help="merges to compare; default: all")
     parser.add_argument("--search-rows", type=int, default=64)
     parser.add_argument("--evaluations", type=int, default=60)
     args = parser.parse_args()
-    again = [name for name in args.again.split(",") if name]
+    again, only = ([name for name in given.split(",") if name] for given in (args.again, args.only))
     for seed in filter(None, args.seeds.split(",")):
         for scenario in args.scenarios.split(","):
             run(
-                args.out, scenario, int(seed), again,
+                args.out, scenario, int(seed), again, only,
                 search_rows=args.search_rows, evaluations=args.evaluations,
             )  # fmt: skip
     records.write_text(args.out / "tables.md", tables(args.out))

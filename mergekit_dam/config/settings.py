@@ -130,12 +130,17 @@ class Settings(Block):
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")
     steps: int | None = Field(
-        None, ge=0, description="optimiser steps; 200 unless `epochs` is given"
+        None, ge=0, description="optimiser steps; 800 unless `epochs` is given"
     )
     epochs: float | None = Field(
         None, gt=0, description="passes over the longest source's data, instead of `steps`"
     )
-    batch_size: int = Field(4, ge=1, description="rows of each source in a step, on each device")
+    batch_size: int = Field(
+        1,
+        ge=1,
+        description="rows of each source in a step, on each device; many steps of few rows come "
+        "further than few steps of many",
+    )
     accumulation: int = Field(1, ge=1, description="batches added up for one step")
     learning_rate: float | None = Field(
         None,
@@ -260,4 +265,4 @@ class Settings(Block):
         """Optimiser steps, or -1 where `epochs` decides (the Trainer's convention)."""
         if self.epochs is not None:
             return -1
-        return 200 if self.steps is None else self.steps
+        return 800 if self.steps is None else self.steps

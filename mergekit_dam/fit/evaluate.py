@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
+from mergekit_dam.config import Settings
 from mergekit_dam.data import Row
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.chunks import slices
@@ -20,29 +21,34 @@ from mergekit_dam.model import MergedModel
 def evaluate(
     merged: MergedModel,
     held_out: Sequence[Sequence[Row]],
-    batch_size: int,
+    together: int,  # rows that go through the model at once
     known_tokens: Sequence[Tensor | None] | None = None,
 ) -> tuple[Figures, ...]:
     """One entry for each source; see `Plan.known_tokens` for the last argument."""
     known = known_tokens or [None] * len(held_out)
     return tuple(
-        _figures(merged, source, rows, batch_size, known[source])
+        _figures(merged, source, rows, together, known[source])
         for source, rows in enumerate(held_out)
     )
+
+
+def rows_together(settings: Settings, sources: int) -> int:
+    """Twice those of a step: without gradients they take less memory."""
+    return 2 * settings.batch_size * sources
 
 
 def _figures(
     merged: MergedModel,
     source: int,
     rows: Sequence[Row],
-    batch_size: int,
+    together: int,
     known: Tensor | None,
 ) -> Figures:
     # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
     tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
     known = None if known is None else known.to(merged.device)
     heads = merged.head(), merged.head(source)
-    for inputs in _batches(rows, source, batch_size, merged.device):
+    for inputs in _batches(rows, source, together, merged.device):
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
         views = [(view, range(len(ids))) for view in (None, source)]
         states = [torch.cat(own) for own in row_states(merged, ids, ends, starts, views)]
@@ -81,10 +87,10 @@ def _perplexity(nll: float) -> float:
 
 
 def _batches(
-    rows: Sequence[Row], source: int, batch_size: int, device: torch.device
+    rows: Sequence[Row], source: int, together: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     """Rows of similar length together, so that little padding is computed."""
     ordered = sorted(rows, key=len, reverse=True)
-    for start in range(0, len(ordered), batch_size):
-        chosen = ordered[start : start + batch_size]
+    for start in range(0, len(ordered), together):
+        chosen = ordered[start : start + together]
         yield {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}
