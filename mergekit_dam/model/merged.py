@@ -139,7 +139,7 @@ class MergedModel(nn.Module):
     def states(self, input_ids: Tensor, view: View | None = None) -> Tensor:
         """[rows, length, width]: what the head of a view makes logits of."""
         model, view = self._speaker(view)
-        with model._seen_as(view):
+        with model._seen_as(view), torch.set_grad_enabled(_has_gradients(view)):
             return model._split.states(input_ids)
 
     def all_states(self, passes: Sequence[tuple[Tensor, View | None]]) -> list[Tensor]:
@@ -161,12 +161,7 @@ class MergedModel(nn.Module):
             return [self.states(*own) for own in passes]
         self._learn_split(passes[0][0])
         paths = [
-            Path(
-                self._split.states,
-                ids,
-                view,
-                has_gradients=view == "merge" and torch.is_grad_enabled(),
-            )
+            Path(self._split.states, ids, view, has_gradients=_has_gradients(view))
             for ids, view in passes
         ]
         with self.abreast(paths):
@@ -181,11 +176,10 @@ class MergedModel(nn.Module):
 
     def _run(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
         """A block's outputs for several calls, its weights made once."""
-        with self._seen_as(view):
-            if view == "merge" and torch.is_grad_enabled():
+        with self._seen_as(view), torch.set_grad_enabled(_has_gradients(view)):
+            if torch.is_grad_enabled():
                 return run(block, calls, self.recompute)
-            with torch.no_grad():
-                return block.run_each(calls)
+            return block.run_each(calls)
 
     def head(self, view: View | None = None) -> Head:
         """The head of a view, its weights made once."""
@@ -281,6 +275,11 @@ class MergedModel(nn.Module):
         if wide == stack.dtype:
             return stack.merge(coefficients, stack.dtype)
         return _StraightThrough.apply(stack.merge(coefficients, wide), stack.dtype)
+
+
+def _has_gradients(view: View) -> bool:
+    """Only the merge's passes, where gradients are wanted at all."""
+    return torch.is_grad_enabled() and view == "merge"
 
 
 class _StraightThrough(torch.autograd.Function):
