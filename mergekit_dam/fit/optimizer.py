@@ -1,6 +1,6 @@
 """AdamW with steps along what the sources differ in, as large as suits how far they differ."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -26,38 +26,75 @@ class DifferencesAdamW(torch.optim.AdamW):
     to u's. Other groups are plain AdamW's.
     """
 
+    def __init__(self, groups: Iterable[dict[str, Any]], **options: Any):
+        super().__init__(_joined(groups), **options)
+        self._turns = [_Turn(group) if "middle" in group else None for group in self.param_groups]
+
     @torch.no_grad()
     def step(self, closure=None):
-        before = [_turn(group) for group in self.param_groups]
+        turns = [turn for turn in self._turns if turn is not None]
+        for turn in turns:
+            turn.begin()
         result = super().step(closure)
-        for group, value in zip(self.param_groups, before, strict=True):
-            if value is not None:
-                _turn_back(group, value)
+        for turn in turns:
+            turn.end()
         return result
 
 
-def _turn(group: dict[str, Any]) -> Tensor | None:
-    """Put the gradient by u and b in the place of that by c; returns c as it is."""
-    if "middle" not in group or group["params"][0].grad is None:
-        return None
-    c, b = group["params"]
-    b.grad = (_middle(group) * c.grad).sum(0)
-    by_u = torch.zeros_like(c.grad)
-    by_u[group["rows"]] = c.grad[group["rows"]] - b.grad
-    c.grad.copy_(by_u)
-    return c.clone()
+def _joined(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of one learning rate as one, with a list of each key for its tensors: a step is
+    a few operations then, however many tensors there are."""
+    joined: dict[tuple, dict[str, Any]] = {}
+    for group in groups:
+        own = {key: [group[key]] for key in ("middle", "rows", "share") if key in group}
+        key = group["lr"], bool(own)
+        if key not in joined:
+            joined[key] = {**group, "params": list(group["params"]), **own}
+            continue
+        for name, values in (("params", group["params"]), *own.items()):
+            joined[key][name] += values
+    return list(joined.values())
 
 
-def _turn_back(group: dict[str, Any], before: Tensor) -> None:
-    c, b = group["params"]
-    step = c - before
-    c.copy_(before + step + _middle(group) * (group["share"] * b - step.sum(0)))
-    b.zero_()
+class _Turn:
+    """The change from c to u and b for a step, of all tensors of a group side by side: [N, K]."""
+
+    def __init__(self, group: dict[str, Any]):
+        self._cs, self._bs = group["params"][::2], group["params"][1::2]
+        self._sizes = [b.numel() for b in self._bs]
+        rows = [[float(row in own) for row in range(len(self._cs[0]))] for own in group["rows"]]
+        self._middle, self._own = self._spread(group["middle"]), self._spread(rows)
+        self._share = self._spread([[share] for share in group["share"]])[0]
+        self._before = self._middle
+
+    def _spread(self, values: list[list[float]]) -> Tensor:  # of each tensor n -> [n, K]
+        c = self._cs[0]
+        sizes = torch.tensor(self._sizes, device=c.device)
+        return c.new_tensor(values).T.repeat_interleave(sizes, 1)
+
+    def begin(self) -> None:
+        """Put the gradient by u and b in the place of that by c."""
+        self._before = _flat(self._cs)
+        by_c = _flat([torch.zeros_like(c) if c.grad is None else c.grad for c in self._cs])
+        by_b = (self._middle * by_c).sum(0)
+        by_u = self._own * (by_c - by_b)
+        for c, part in zip(self._cs, by_u.split(self._sizes, 1), strict=True):
+            c.grad = part.reshape(c.shape)
+        for b, part in zip(self._bs, by_b.split(self._sizes), strict=True):
+            b.grad = part.reshape(b.shape)
+
+    def end(self) -> None:
+        """Take the step that u and b have made in c."""
+        step = _flat(self._cs) - self._before
+        by_b = self._share * torch.cat([b.flatten() for b in self._bs])
+        after = self._before + step + self._middle * (by_b - step.sum(0))
+        for c, part in zip(self._cs, after.split(self._sizes, 1), strict=True):
+            c.copy_(part.reshape(c.shape))
+        torch._foreach_zero_(self._bs)
 
 
-def _middle(group: dict[str, Any]) -> Tensor:  # [N, 1, ...]
-    c = group["params"][0]
-    return c.new_tensor(group["middle"]).reshape(-1, *[1] * (c.ndim - 1))
+def _flat(values: Sequence[Tensor]) -> Tensor:  # each [N, *B] -> [N, K]
+    return torch.cat([value.flatten(1) for value in values], 1)
 
 
 def parameter_groups(merged: MergedModel, rate: float | None, basis: Basis) -> list[dict[str, Any]]:
