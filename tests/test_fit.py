@@ -24,6 +24,7 @@ from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.trainer import last_checkpoint
 
 QUIET = MergeOptions(quiet=True)
 
@@ -172,7 +173,7 @@ def test_another_seed_gives_other_coefficients(recipe, models, tmp_path):
 
 def has_checkpoint(out: Path) -> bool:
     """A whole one, of whichever step: earlier ones are soon removed."""
-    return any(Path(f"{out}.fit").glob("checkpoint-*/trainer_state.json"))
+    return last_checkpoint(Path(f"{out}.fit")) is not None
 
 
 def kill_when(command: list[str], is_time) -> None:

@@ -21,7 +21,7 @@ RESTLESS = {
     "objective": {"temperature": 2.0},
     "schedule": "constant",
     "warmup": 0.0,
-    "learning_rate": 0.3,
+    "learning_rate": 1.0,
     "max_grad_norm": 0,
     "evaluate_every": 2,
     "checkpoint_every": 2,
@@ -58,7 +58,7 @@ def test_where_nothing_is_better_the_start_is_kept(recipe, models, tmp_path: Pat
 
 
 def test_a_fit_that_gets_no_better_stops(recipe, models, tmp_path: Path) -> None:
-    path = recipe(models, dam={**RESTLESS, "learning_rate": 1.0, "patience": 2})
+    path = recipe(models, dam={**RESTLESS, "patience": 2})
     results = fitted(path, tmp_path / "a").header.results
     curve = [sum(point.kl) for point in results.held_out]
     assert len(curve) < 11  # steps 2, 4, ... 22
