@@ -275,7 +275,7 @@ def test_yaml_1_1_reads_1e_3_as_text_and_we_do_not() -> None:
 
 
 def test_lengths_of_a_fit() -> None:
-    assert Settings(data=DATA).max_steps == 200
+    assert Settings(data=DATA).max_steps == 800
     assert Settings(data=DATA, steps=0).max_steps == 0
     assert Settings(data=DATA, steps=7).max_steps == 7
     assert Settings(data=DATA, epochs=2).max_steps == -1
@@ -373,7 +373,7 @@ def test_check_tells_what_a_fit_would_lack_here(
 ) -> None:
     """It is no mistake: the fit may run elsewhere."""
     assert "needs about" not in check(document).output
-    monkeypatch.setattr(place, "free_memory", lambda device: 200_000)
+    monkeypatch.setattr(place, "free_memory", lambda device: 100_000)
     result = check(put(document, "dam.recompute", "none"))
     assert result.exit_code == 0, result.output
     assert "of memory beside the sources" in result.output and ": set `dam." in result.output
