@@ -53,6 +53,39 @@ def test_it_is_adamw_on_differences_from_a_middle(middle: list[float], own: int)
     assert loss(c, parts) < before
 
 
+@pytest.mark.parametrize("fused", [False, True])
+def test_tensors_side_by_side_step_as_they_do_alone(fused: bool) -> None:
+    """Of several shapes, middles and sources; of two learning rates."""
+    torch.manual_seed(0)
+    shapes = [(4, 1, 5), (4, 7), (4, 3, 1), (4, 1, 64)]
+    parts = [torch.randn(shape) for shape in shapes]
+    kinds = [([0.0, 0.0, 0.0, 1.0], [0, 1, 2]), ([0.0, 0.0, 0.0, 1.0], [0, 2])]
+    kinds += [([0.25] * 4, [0, 1, 2, 3])] * 2
+    results = []
+    for is_joined in (True, False):
+        cs = [torch.full(shape, 0.25, requires_grad=True) for shape in shapes]
+        groups = [
+            {**group(c, *kind), "lr": rate, "share": share}
+            for c, kind, rate, share in zip(
+                cs, kinds, (0.1, 0.1, 0.2, 0.1), (0.1, 0.9, 0.5, 0.3), strict=True
+            )
+        ]
+        each = [groups] if is_joined else [[own] for own in groups]
+        optimizers = [DifferencesAdamW(own, weight_decay=0.0, fused=fused) for own in each]
+        for _ in range(10):
+            for c in cs:
+                c.grad = None
+            sum(
+                (c * part).sum(0).sub(1).pow(2).mean() for c, part in zip(cs, parts, strict=True)
+            ).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+        results.append(cs)
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+        assert (one != 0.25).any()
+
+
 def test_a_source_without_the_tensor_stays_out() -> None:
     c = torch.tensor([[0.5], [0.0], [0.5], [0.0]], requires_grad=True)
     ours = DifferencesAdamW([group(c, [0.0, 0.0, 0.0, 1.0], [0, 2])], weight_decay=0.0)

@@ -79,7 +79,7 @@ class _Turn:
         by_b = (self._middle * by_c).sum(0)
         by_u = self._own * (by_c - by_b)
         for c, part in zip(self._cs, by_u.split(self._sizes, 1), strict=True):
-            c.grad = part.reshape(c.shape)
+            c.grad = part.reshape(c.shape).contiguous()  # fused kernels look at no strides
         for b, part in zip(self._bs, by_b.split(self._sizes), strict=True):
             b.grad = part.reshape(b.shape)
 
