@@ -21,10 +21,10 @@ from torch import Tensor
 
 # Numbers that a program works on at once, of a merged weight and of a sum for each source; along
 # the axis whose numbers lie side by side, so many of them. The fastest of ten choices on an H200.
-MERGED, SUMMED, SIDE = 4096, 2048, 1024
+MERGED, SUMMED, SIDE = 2048, 2048, 1024
 STEPS = 32  # tiles that a program of the gradient sums up, at most,
 PROGRAMS = 1024  # but so few that there are as many programs, to fill a GPU
-TOGETHER = 8  # sources whose sums fit into registers
+TOGETHER = 4  # sources whose sums fit into registers
 OPTIONS = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
 LOG = logging.getLogger(__name__)
 

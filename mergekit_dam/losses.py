@@ -63,7 +63,7 @@ def similarity(coefficients: Sequence[Tensor]) -> Tensor:
     cosines = []
     for (count, _), members in alike.items():
         if count > 1:
-            unit = F.normalize(torch.stack(members), dim=-1)  # [tensors, N, K]
+            unit = F.normalize(torch.stack(members), dim=-1, eps=1e-8)  # [tensors, N, K]
             sums = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # over both orders
             cosines.append(sums / (count * (count - 1)))
     return torch.cat(cosines).mean() if cosines else torch.zeros(())

@@ -1,11 +1,16 @@
-"""Compile the kernels for some NVIDIA GPUs, which needs none; print what they load at once.
+"""Compile the kernels for some NVIDIA GPUs, which needs none; print what they load at once, and the
+bytes of registers that they spill.
 
 python tests/compiled.py 80 89 90
 """
 
 import json
+import os
 import re
+import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import triton
 import triton.language as tl
@@ -17,7 +22,9 @@ from mergekit_dam import kernels
 ALIGNED = [["tt.divisibility", 16]]
 SHAPE = (4096, 11008)
 BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
-VARIANTS = [(3, "bf16", None), (8, "fp32", "*fp32")]  # sources, dtype, base
+VARIANTS = [  # sources, dtype, base
+    (3, "bf16", None), (kernels.TOGETHER, "bf16", None), (kernels.TOGETHER, "fp32", "*fp32"),
+]  # fmt: skip
 
 
 def arguments(layout: kernels._Layout, count: int, dtype: str, base: str | None) -> dict:
@@ -50,6 +57,19 @@ def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:
     return triton.compile(source, target, kernels.OPTIONS).asm["ptx"]
 
 
+def spilled(ptx: str) -> int | None:
+    """Bytes, by NVIDIA's assembler; None where it does not know this version of PTX."""
+    assembler = Path(triton.__file__).with_name("backends") / "nvidia" / "bin" / "ptxas"
+    architecture = re.search(r"\.target (sm_\w+)", ptx).group(1)
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [str(assembler), "-v", "-arch", architecture, file.name, "-o", os.devnull]
+        done = subprocess.run(command, capture_output=True, text=True)
+    found = re.findall(r"(\d+) bytes spill", done.stderr)
+    return sum(map(int, found)) if done.returncode == 0 else None
+
+
 if __name__ == "__main__":
     found = [
         {
@@ -57,7 +77,8 @@ if __name__ == "__main__":
             "kernel": kernel.fn.__name__,
             "granularity": granularity,
             "variant": variant,
-            "loads": sorted(set(re.findall(r"ld\.global\.v\d+|ld\.local", ptx))),
+            "loads": sorted(set(re.findall(r"ld\.global\.v\d+", ptx))),
+            "spilled": spilled(ptx),
         }
         for capability in sys.argv[1:]
         for kernel, numbers in (

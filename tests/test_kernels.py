@@ -187,9 +187,11 @@ def test_they_compile_and_load_16_bytes_at_once() -> None:
     done = subprocess.run(
         [*command, "80", "89", "90"], env=environment, capture_output=True, text=True, check=True
     )
-    for found in json.loads(done.stdout):
-        assert "ld.global.v4" in found["loads"], found
-        assert "ld.local" not in found["loads"], found  # registers suffice
+    found = json.loads(done.stdout)
+    assert all("ld.global.v4" in own["loads"] for own in found), found
+    told = [own for own in found if own["spilled"] is not None]  # the assembler may be an old one
+    assert {own["capability"] for own in told} >= {"80", "89"}
+    assert not [own for own in told if own["spilled"]]
 
 
 @pytest.mark.skipif(not IS_CUDA, reason="needs a CUDA device, and MERGEKIT_DAM_GPU=1")

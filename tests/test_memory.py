@@ -15,6 +15,7 @@ from mergekit_dam.data import Row, SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.forecast import held, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.objective import Distillation
@@ -96,6 +97,17 @@ def test_so_do_other_terms(recipe, tmp_path, terms):
     compare(
         recipe, tmp_path, "vocabulary", {"objective": {"kl": 0, **dict.fromkeys(terms.split(), 1)}}
     )
+
+
+@pytest.mark.parametrize("name", ["activations", "depth", "chunks", "head"])
+def test_figures_take_no_more_than_a_step(recipe, tmp_path, name):
+    """They are the first to run."""
+    config, length = STEPS[name]
+    rows = [[Row([number + 1] * (length - n)) for n in range(5)] for number in range(SOURCES)]
+    found = prepared(recipe, tmp_path, config, rows)
+    with Live() as live:
+        evaluate(found.merged, rows, found.settings.batch_size)
+    assert live.most <= found.needs.of("block")
 
 
 # name -> tokens of the longest row, rows, whether the others are shorter

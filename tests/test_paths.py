@@ -87,8 +87,17 @@ def test_a_step_copies_each_block_once_for_each_way(make, monkeypatch):
     assert max(copied.values()) <= 2
 
 
-def test_gradients_are_those_of_rows_one_after_the_other(make):
-    merged = make()
+@pytest.mark.parametrize(
+    "name, dam",
+    [
+        ("llama", {"recompute": "block"}),
+        ("llama_tied", {"recompute": "weights", "offload": "cpu"}),
+        ("mixtral", {"recompute": "none", "offload": "disk"}),
+        ("gpt2", {"recompute": "block", "offload": "disk"}),
+    ],
+)
+def test_gradients_are_those_of_rows_one_after_the_other(make, name, dam):
+    merged = make(name, **dam)
     step(merged)
     together = [c.grad.clone() for c in merged.parameters()]
     merged.zero_grad()

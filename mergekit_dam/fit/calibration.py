@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from mergekit_dam.config import Settings
 from mergekit_dam.data import Row, SourceData
-from mergekit_dam.fit.evaluate import evaluate, rows_together
+from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.resume import PROGRESS, keep, kept
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.least_squares import least_squares, split
@@ -61,12 +61,11 @@ def _go_as_far_as_helps(
     """Layers that are each nearer to the sources need not make a merge that is."""
     trained = merged.trained_coefficients()
     found = {name: c.detach().clone() for name, c in trained.items()}
-    together = rows_together(settings, len(unseen))
 
     def divergence(share: float) -> float:
         for name, coefficient in trained.items():
             coefficient.data.copy_(torch.lerp(start[name], found[name], share))
-        return sum(f.kl for f in evaluate(merged, unseen, together, known))
+        return sum(f.kl for f in evaluate(merged, unseen, settings.batch_size, known))
 
     best = min(SHARES, key=divergence)
     divergence(best)

@@ -9,39 +9,35 @@ from torch import Tensor
 
 from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
-from mergekit_dam.config import Settings
 from mergekit_dam.data import Row
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.chunks import slices
 from mergekit_dam.fit.objective import among, row_states
-from mergekit_dam.model import MergedModel
+from mergekit_dam.model import Head, MergedModel
 
 
 @torch.no_grad()
 def evaluate(
     merged: MergedModel,
     held_out: Sequence[Sequence[Row]],
-    together: int,  # rows that go through the model at once
+    batch_size: int,  # rows of each source in a step: no more memory is taken than that of a step
     known_tokens: Sequence[Tensor | None] | None = None,
 ) -> tuple[Figures, ...]:
     """One entry for each source; see `Plan.known_tokens` for the last argument."""
     known = known_tokens or [None] * len(held_out)
+    together = batch_size * len(held_out)
     return tuple(
-        _figures(merged, source, rows, together, known[source])
+        _figures(merged, source, rows, together, batch_size, known[source])
         for source, rows in enumerate(held_out)
     )
-
-
-def rows_together(settings: Settings, sources: int) -> int:
-    """Twice those of a step: without gradients they take less memory."""
-    return 2 * settings.batch_size * sources
 
 
 def _figures(
     merged: MergedModel,
     source: int,
     rows: Sequence[Row],
-    together: int,
+    together: int,  # so many go through the model at once,
+    batch_size: int,  # and so many of these through the head
     known: Tensor | None,
 ) -> Figures:
     # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
@@ -51,27 +47,16 @@ def _figures(
     for inputs in _batches(rows, source, together, merged.device):
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
         views = [(view, range(len(ids))) for view in (None, source)]
-        states = [torch.cat(own) for own in row_states(merged, ids, ends, starts, views)]
-        targets = torch.cat(
-            [
-                row[start + 1 : end]
-                for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
-            ]
-        )
-        if known is not None:  # a target that the source lacks says nothing about it
-            mask = torch.isin(targets, known)
-            targets = torch.searchsorted(known, targets[mask])
-            states = [part[mask] for part in states]
-        for chunk in slices(len(targets), merged.vocabulary):
-            logits = [head(part[chunk]) for head, part in zip(heads, states, strict=True)]
-            student, teacher = among(logits, known)
-            means = (
-                losses.kl(student, teacher),
-                F.cross_entropy(student.float(), targets[chunk]),
-                F.cross_entropy(teacher.float(), targets[chunk]),
-            )
-            totals += torch.stack(means).cpu() * len(student)
-        tokens += len(targets)
+        states = row_states(merged, ids, ends, starts, views)
+        targets = [
+            row[start + 1 : end]
+            for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
+        ]
+        for first in range(0, len(ids), batch_size):
+            some = slice(first, first + batch_size)
+            parts = [torch.cat(own[some]) for own in (*states, targets)]
+            count, sums = _sums(heads, *parts, known, merged.vocabulary)
+            tokens, totals = tokens + count, totals + sums
     tokens = max(tokens, 1)  # none where the source lacks every target
     kl, merge_nll, source_nll = (totals / tokens).tolist()
     return Figures(
@@ -80,6 +65,32 @@ def _figures(
         perplexity=_perplexity(merge_nll),
         source_perplexity=_perplexity(source_nll),
     )
+
+
+def _sums(
+    heads: Sequence[Head],  # of the merge and of the source
+    student: Tensor,  # states [tokens, width]
+    teacher: Tensor,
+    targets: Tensor,  # [tokens]
+    known: Tensor | None,
+    vocabulary: int,
+) -> tuple[int, Tensor]:
+    """How many tokens count, and the three sums over them."""
+    if known is not None:  # a target that the source lacks says nothing about it
+        mask = torch.isin(targets, known)
+        targets = torch.searchsorted(known, targets[mask])
+        student, teacher = student[mask], teacher[mask]
+    sums = torch.zeros(3, dtype=torch.float64)
+    for chunk in slices(len(targets), vocabulary):
+        logits = [head(part[chunk]) for head, part in zip(heads, (student, teacher), strict=True)]
+        merge, source = among(logits, known)
+        means = (
+            losses.kl(merge, source),
+            F.cross_entropy(merge.float(), targets[chunk]),
+            F.cross_entropy(source.float(), targets[chunk]),
+        )
+        sums += torch.stack(means).cpu() * len(merge)
+    return len(targets), sums
 
 
 def _perplexity(nll: float) -> float:

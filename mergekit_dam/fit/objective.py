@@ -38,7 +38,7 @@ class Distillation(nn.Module):
         teach: Teach | None = None,  # default: the sources' own models, now
     ):
         super().__init__()
-        self._teach = teach or (lambda *rows: None)
+        self._teach = teach
         self.merged = merged
         self._known = dict(enumerate(known_tokens))
         self._objective = objective
@@ -77,7 +77,7 @@ class Distillation(nn.Module):
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
         """Those of the merge for all rows, and those of each source for its `own`."""
         taught = {
-            source: self._teach(source, *(part[rows] for part in inputs))
+            source: self._teach and self._teach(source, *(part[rows] for part in inputs))
             for source, rows in own.items()
         }
         live = [source for source, states in taught.items() if states is None]

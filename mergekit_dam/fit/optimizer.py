@@ -21,7 +21,7 @@ class DifferencesAdamW(torch.optim.AdamW):
     A step in one c_i moves a weight along W_i, nearly all of which the sources share; one in u_i
     moves it along what source i has learnt, however little that is.
 
-    A parameter group with `middle` has two tensors: c [N, *B] and a b [*B] that is zero between
+    A group that is given with `middle` has two tensors: c [N, *B] and a b [*B] that is zero between
     the steps. `middle` are the m_i, `rows` the sources that have a u, `share` is b's step relative
     to u's. Other groups are plain AdamW's.
     """
@@ -63,21 +63,22 @@ class _Turn:
         self._cs, self._bs = group["params"][::2], group["params"][1::2]
         self._sizes = [b.numel() for b in self._bs]
         rows = [[float(row in own) for row in range(len(self._cs[0]))] for own in group["rows"]]
-        self._middle, self._own = self._spread(group["middle"]), self._spread(rows)
-        self._share = self._spread([[share] for share in group["share"]])[0]
-        self._before = self._middle
+        self._middle, self._own, self._share = (
+            self._cs[0].new_tensor(values).T  # [N or 1, tensors]
+            for values in (group["middle"], rows, [[share] for share in group["share"]])
+        )
+        self._before: Tensor | None = None
 
-    def _spread(self, values: list[list[float]]) -> Tensor:  # of each tensor n -> [n, K]
-        c = self._cs[0]
-        sizes = torch.tensor(self._sizes, device=c.device)
-        return c.new_tensor(values).T.repeat_interleave(sizes, 1)
+    def _spread(self, values: Tensor) -> Tensor:  # [n, tensors] -> [n, K]
+        sizes = torch.tensor(self._sizes, device=values.device)
+        return values.repeat_interleave(sizes, 1, output_size=sum(self._sizes))
 
     def begin(self) -> None:
-        """Put the gradient by u and b in the place of that by c."""
+        """Put the gradient by u and b in the place of that by c; none counts as zero."""
         self._before = _flat(self._cs)
         by_c = _flat([torch.zeros_like(c) if c.grad is None else c.grad for c in self._cs])
-        by_b = (self._middle * by_c).sum(0)
-        by_u = self._own * (by_c - by_b)
+        by_b = (self._spread(self._middle) * by_c).sum(0)
+        by_u = by_c.sub_(by_b).mul_(self._spread(self._own))
         for c, part in zip(self._cs, by_u.split(self._sizes, 1), strict=True):
             c.grad = part.reshape(c.shape).contiguous()  # fused kernels look at no strides
         for b, part in zip(self._bs, by_b.split(self._sizes), strict=True):
@@ -85,12 +86,14 @@ class _Turn:
 
     def end(self) -> None:
         """Take the step that u and b have made in c."""
-        step = _flat(self._cs) - self._before
-        by_b = self._share * torch.cat([b.flatten() for b in self._bs])
-        after = self._before + step + self._middle * (by_b - step.sum(0))
+        after = _flat(self._cs)
+        by_b = self._spread(self._share)[0] * torch.cat([b.flatten() for b in self._bs])
+        by_b -= (after - self._before).sum(0)
+        after += self._spread(self._middle).mul_(by_b)
         for c, part in zip(self._cs, after.split(self._sizes, 1), strict=True):
             c.copy_(part.reshape(c.shape))
         torch._foreach_zero_(self._bs)
+        self._before = None
 
 
 def _flat(values: Sequence[Tensor]) -> Tensor:  # each [N, *B] -> [N, K]

@@ -17,7 +17,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit import teachers
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.calibration import calibrate
-from mergekit_dam.fit.evaluate import evaluate, rows_together
+from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.resume import (
@@ -107,8 +107,7 @@ def _train(
     settings, merged = prepared.settings, prepared.merged
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
     held_out = [source.held_out for source in prepared.data]
-    together = rows_together(settings, len(held_out))
-    figures = functools.partial(evaluate, merged, held_out, together, known)
+    figures = functools.partial(evaluate, merged, held_out, settings.batch_size, known)
     with merged.as_average():
         before = figures()
     if settings.start == "least_squares" and checkpoint is None:

@@ -79,7 +79,7 @@ class Path:
 
     def _wait(self) -> None:
         self.arrival = self._arrived.get()
-        if isinstance(self.arrival, Exception):
+        if isinstance(self.arrival, BaseException):
             raise self.arrival
 
     def _run(self, model: Callable[[Tensor], Any]) -> None:
@@ -92,7 +92,7 @@ class Path:
             self._arrived.put(None)
         except _Stop:
             pass
-        except Exception as error:
+        except BaseException as error:  # whoever drives waits for something
             self._arrived.put(error)
 
 
@@ -126,8 +126,9 @@ def drive(paths: Sequence[Path], run: Run) -> None:
         block, together = waiting[0].arrival.block, defaultdict(list)
         for path in waiting:
             if path.arrival.block is block:
-                together[path.view].append(path)
-        for view, own in together.items():
+                view = path.view  # given weights cannot be a key
+                together[id(view) if isinstance(view, Mapping) else view].append(path)
+        for own in together.values():
             calls = [(path.arrival.args, path.arrival.kwargs) for path in own]
-            for path, output in zip(own, run(block, calls, view), strict=True):
+            for path, output in zip(own, run(block, calls, own[0].view), strict=True):
                 path.go_on(output)
