@@ -188,8 +188,10 @@ def remedies(settings: Settings, found: Place) -> Iterator[dict[str, Any]]:
         yield {**changes, "start": "average"}
     for rows in _halves(settings.batch_size, 1):
         yield {**changes, "batch_size": rows}
+    if settings.batch_size > 1:
+        changes["batch_size"] = 1
     for length in _halves(settings.max_length, 64):
-        yield {**changes, "batch_size": 1, "max_length": length}
+        yield {**changes, "max_length": length}
 
 
 def _halves(number: int, least: int) -> Iterator[int]:
