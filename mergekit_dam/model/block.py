@@ -43,13 +43,12 @@ class Block(nn.Module):
     def forward(self, *args, **kwargs):
         return self._call(self, args, kwargs)
 
-    def run(self, *args, **kwargs):
-        """The block with its present weights, made here and not kept."""
-        return self.run_with(self.weights(), *args, **kwargs)
-
-    def run_each(self, calls: Sequence[tuple[tuple, dict]]) -> list[Any]:
-        """The same for several calls, with weights made once."""
-        weights = self.weights()
+    def run_each(
+        self, calls: Sequence[tuple[tuple, dict]], weights: Mapping[str, Tensor] | None = None
+    ) -> list[Any]:
+        """The block for several calls, by default with its present weights, made here once and not
+        kept."""
+        weights = self.weights() if weights is None else weights
         return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):

@@ -152,11 +152,11 @@ class MergedModel(nn.Module):
             for index, (model, view, _) in enumerate(spoken)
             if model is self and (view == "merge" or self._weights.is_fetched)
         ]
-        found = self._abreast([(spoken[index][2], spoken[index][1]) for index in together])
+        found = self._side_by_side([(spoken[index][2], spoken[index][1]) for index in together])
         result = dict(zip(together, found, strict=True))
         return [result[n] if n in result else self.states(*p) for n, p in enumerate(passes)]
 
-    def _abreast(self, passes: Sequence[tuple[Tensor, View]]) -> list[Tensor]:
+    def _side_by_side(self, passes: Sequence[tuple[Tensor, View]]) -> list[Tensor]:
         if len(passes) < 2:
             return [self.states(*own) for own in passes]
         self._learn_split(passes[0][0])
@@ -229,9 +229,7 @@ class MergedModel(nn.Module):
     def _call(self, block: Block, args: tuple, kwargs: dict):
         if self._intercept is not None:
             return self._intercept(block, args, kwargs)
-        if self._view == "merge" and torch.is_grad_enabled():
-            return run(block, [(args, kwargs)], self.recompute)[0]
-        return block.run(*args, **kwargs)
+        return self._run(block, [(args, kwargs)], self._view)[0]
 
     @contextmanager
     def _seen_as(self, view: View):

@@ -26,7 +26,7 @@ def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute)
         return block.run_each(calls)
     weights = block.weights()
     with _without_weights(block, weights):
-        return [block.run_with(weights, *args, **kwargs) for args, kwargs in calls]
+        return block.run_each(calls, weights)
 
 
 def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tensors_hooks:

@@ -33,14 +33,14 @@ class Split:
         self._instead, self._forward = threading.local(), inner.forward
         self._inside = frozenset(map(id, inner.modules()))
         if not self.is_whole:
-            inner.forward = self._in_place_of(inner.forward)
+            inner.forward = self._answered()
 
-    def _in_place_of(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(forward)  # models look at the arguments that it takes
-        def found(*args, **kwargs):
-            return getattr(self._instead, "forward", forward)(*args, **kwargs)
+    def _answered(self) -> Callable[..., Any]:
+        @functools.wraps(self._forward)  # models look at the arguments that it takes
+        def forward(*args, **kwargs):
+            return getattr(self._instead, "forward", self._forward)(*args, **kwargs)
 
-        return found
+        return forward
 
     @property
     def is_known(self) -> bool:

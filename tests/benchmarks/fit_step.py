@@ -65,15 +65,11 @@ def main(shape, sources, base, rows, length, repeat, device, offload, cap, layer
     if cap and device != "cpu":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
-    config, dtype = of_shape(shape, layers), torch.float32 if device == "cpu" else torch.bfloat16
-    others = " and a base" if base else ""
-    told = f"{sources} x {rows} rows of {length} tokens{others}, {dtype}"
-    print(f"{machine(device)}; {config.num_hidden_layers} layers; {told}")
+    config, dtype = told(shape, layers, sources, base, rows, length, device)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = folder or Path(temporary)
-        models = [save(folder / f"m{n}", config, n, dtype, device) for n in range(sources)]
-        origin = save(folder / "base", config, sources, dtype, device) if base else None
-        ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
+        models, origin, ids = made(
+            folder or Path(temporary), config, dtype, sources, base, rows, length, device
+        )
         plain = {} if cap else {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
         for where in offload:  # one at a time: the sources of two would not fit
             fit = prepared(Path(temporary), models, origin, ids, dtype, device, where)
@@ -84,10 +80,24 @@ def main(shape, sources, base, rows, length, repeat, device, offload, cap, layer
             del fit, steps
 
 
-def of_shape(shape: str, layers: int | None = None) -> transformers.LlamaConfig:
-    config = copy.deepcopy(SHAPES[shape])
+def told(shape, layers, sources, base, rows, length, device):
+    """The config and the dtype of the models, after a line about what is measured."""
+    config, dtype = (
+        copy.deepcopy(SHAPES[shape]),
+        torch.float32 if device == "cpu" else torch.bfloat16,
+    )
     config.num_hidden_layers = layers or config.num_hidden_layers
-    return config
+    others = " and a base" if base else ""
+    what = f"{sources} x {rows} rows of {length} tokens{others}, {dtype}"
+    print(f"{machine(device)}; {config.num_hidden_layers} layers; {what}")
+    return config, dtype
+
+
+def made(folder: Path, config, dtype, sources, base, rows, length, device):
+    """The sources' folders, the base's or None, and rows of each source [rows, length]."""
+    models = [save(folder / f"m{n}", config, n, dtype, device) for n in range(sources)]
+    origin = save(folder / "base", config, sources, dtype, device) if base else None
+    return models, origin, [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
 
 
 def save(folder: Path, config, seed: int, dtype: torch.dtype, device: str = "cpu") -> Path:

@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mergekit_dam.fit.prepare import Fit
 from mergekit_dam.least_squares import least_squares, walk
-from tests.benchmarks.fit_step import SHAPES, of_shape, prepared, save
-from tests.benchmarks.measuring import Peak, alternate, machine
+from tests.benchmarks.fit_step import SHAPES, made, prepared, told
+from tests.benchmarks.measuring import Peak, alternate
 
 SOLVING, REST = "solving", "passes through the blocks and sums over the tokens"
 
@@ -37,14 +37,9 @@ SOLVING, REST = "solving", "passes through the blocks and sums over the tokens"
 @click.option("--layers", type=int, help="instead of the shape's own number")
 def main(shape, sources, base, rows, length, repeat, device, offload, layers) -> None:
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config, dtype = of_shape(shape, layers), torch.float32 if device == "cpu" else torch.bfloat16
-    others = " and a base" if base else ""
-    told = f"{sources} x {rows} rows of {length} tokens{others}, {dtype}"
-    print(f"{machine(device)}; {config.num_hidden_layers} layers; {told}")
+    config, dtype = told(shape, layers, sources, base, rows, length, device)
     with tempfile.TemporaryDirectory() as folder:
-        models = [save(Path(folder) / f"m{n}", config, n, dtype, device) for n in range(sources)]
-        origin = save(Path(folder) / "base", config, sources, dtype, device) if base else None
-        ids = [torch.randint(4, config.vocab_size, (rows, length)) for _ in models]
+        models, origin, ids = made(Path(folder), config, dtype, sources, base, rows, length, device)
         runs = []
         for _ in range(repeat):
             fit = prepared(Path(folder), models, origin, ids, dtype, device, offload)
