@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.trainer import last_checkpoint
@@ -230,6 +232,37 @@ def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
     assert process.returncode == 130
     assert "--resume" in told
     assert "Traceback" not in told
+
+
+@pytest.fixture
+def heeded_interrupts():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_interrupt_that_python_drops_ends_the_fit_after_its_step(heeded_interrupts):
+    steps = 0
+    with pytest.raises(KeyboardInterrupt), Interrupt() as interrupt:
+        interrupt.on_step_end(None, None, None)
+        steps += 1
+        gone = torch.zeros(1)
+        watcher = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGINT))
+        del gone
+        assert watcher() is None
+        interrupt.on_step_end(None, None, None)
+        steps += 1
+    assert steps == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_interrupt_that_breaks_a_write_is_one_still(heeded_interrupts):
+    with pytest.raises(KeyboardInterrupt), Interrupt():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        finally:
+            raise RuntimeError("half a file")
 
 
 def test_a_resumed_fit_refuses_other_settings(recipe, models, tmp_path):

@@ -9,6 +9,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from mergekit_dam.coefficients import Figures, HeldOut
 from mergekit_dam.config import Settings
+from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.resume import keep, kept
 from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.fit.verdict import mean_kl
@@ -79,7 +80,9 @@ class Watch(TrainerCallback):
             return
         if self._every:
             self._trainer.add_callback(self)
-        self._trainer.train(resume_from_checkpoint=checkpoint)
+        with Interrupt() as interrupt:
+            self._trainer.add_callback(interrupt)
+            self._trainer.train(resume_from_checkpoint=checkpoint)
 
     def end(self) -> Sequence[Figures]:
         """The figures of the coefficients that the fit ends with."""
