@@ -56,7 +56,7 @@ row_lengths = st.lists(st.integers(1, 40), min_size=1, max_size=40)
 @given(st.lists(row_lengths, min_size=1, max_size=3), st.integers(1, 5), st.integers(0, 9))
 def test_an_epoch_has_every_row_and_short_sources_begin_again(lengths, step, seed) -> None:
     rows = sources(*lengths)
-    items = list(ByLength(rows, step, seed))
+    items = list(ByLength(rows.lengths, step, seed))
     assert len(rows) <= len(items) < len(rows) + step
     assert len(items) % step == 0
     for number, own in enumerate(lengths):
@@ -69,7 +69,7 @@ def test_the_order_is_that_of_seed_and_epoch() -> None:
     rows = sources(list(range(1, 60)), list(range(3, 40)))
 
     def order(seed: int, epoch: int) -> list:
-        sampler = ByLength(rows, 4, seed)
+        sampler = ByLength(rows.lengths, 4, seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -108,7 +108,7 @@ def test_the_quickstart_computes_little_padding(monkeypatch) -> None:
     monkeypatch.setattr(MergedModel, "head", lambda *_: _NoHead())
     distil = Distillation(prepared.merged, Objective())
     rows = StepRows(prepared.data)
-    items, real, steps = list(ByLength(rows, 8, 1)), 0, 0
+    items, real, steps = list(ByLength(rows.lengths, 8, 1)), 0, 0
     for start in range(0, len(items), 8):
         inputs = collate([rows[item] for item in items[start : start + 8]])
         distil(**inputs)

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
-from mergekit_dam.check.speed import step_seconds
+from mergekit_dam.check.speed import duration, measure_speed
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import Forecast, foresee
+from mergekit_dam.fit.forecast import Forecast, foresee, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.start import trained_tensors
@@ -31,9 +31,10 @@ class Estimate:
     coefficients: int  # numbers in the file
     trained: int  # of them trained
     weights: int  # of all sources together
-    tokens: int  # of a step of the longest rows: of the data, where they were read
+    tokens: int  # that a step computes together, at most
     step: dict[str, int]  # `recompute` -> what a step takes beside the sources
-    seconds: float  # of a step, with whole blocks made again
+    seconds: float  # for so many tokens, with whole blocks made again
+    fit_seconds: float  # of all steps; 0 where it is unknown how many
     file: int
     checkpoints: int
     states: int  # of the sources on their rows, where they are kept
@@ -44,6 +45,7 @@ class Estimate:
         steps = ", ".join(f"{size(b)} (recompute: {mode})" for mode, b in self.step.items())
         start = f"; the start {size(self.place.start)}" if self.place.start else ""
         states = f", states of the sources {size(self.states)}" if self.states else ""
+        whole = f", {duration(self.fit_seconds)} for all steps" if self.fit_seconds else ""
         lines = [
             f"{self.sources} sources{' and the base' if self.has_base else ''}, "
             f"{self.output_tensors} output tensors, "
@@ -54,7 +56,8 @@ class Estimate:
             else None,
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained",
             f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
-            f"{steps}, and about {self.seconds:.2g} s{start}",
+            f"{steps}{start}",
+            f"time: about {duration(self.seconds)} for so many tokens{whole}",
             str(self.place),
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
             f"{states}",
@@ -76,7 +79,8 @@ def estimate(
 
     found = foreseen(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
-    sees_all = settings.teacher == "cached" and len(data) == len(plan.teachers)
+    speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, device)
+    sees_all = settings.teacher == "cached" and is_read(plan, data)
     rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
     states = sum(map(len, itertools.chain(*rows))) * width * dtype.itemsize
     has_steps = settings.max_steps != 0
@@ -92,7 +96,8 @@ def estimate(
         weights=sum(found.sizes.values()),
         tokens=found.needs.tokens,
         step={mode: found.needs.of(mode) for mode in get_args(Recompute)},
-        seconds=step_seconds(found.needs, width, len(plan.sources), dtype, device),
+        seconds=speed.seconds(1, found.needs.tokens),
+        fit_seconds=speed.seconds(found.work.passes, found.work.tokens),
         file=4 * coefficients,
         # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
         checkpoints=int(8 * found.trained * (3 + 2 / len(plan.sources))) * has_steps,

@@ -1,12 +1,12 @@
-"""How long a step of the fit will take here: its parts, timed on matrices of the model's width."""
+"""How long a fit will take here: its parts, timed on matrices of the model's width."""
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mergekit_dam.fit.memory import Needs
 from mergekit_dam.formula import combine
 
 PASSES = 5  # forward: the sources, the merge, the merge again; backward: to activations, to weights
@@ -14,18 +14,37 @@ TOKENS = 512  # of the timed product
 REPEAT, TOGETHER = 5, 4
 
 
-def step_seconds(needs: Needs, width: int, sources: int, dtype: torch.dtype, device: str) -> float:
-    """Computing alone, with whole blocks made again; without attention's own products, the
-    vocabulary's losses and copies from host memory. Of experts all are counted."""
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of computing alone, with whole blocks made again; without attention's own products,
+    the vocabulary's losses and copies from host memory. Of experts all are counted."""
+
+    of_token: float
+    of_pass: float  # however many tokens go through
+
+    def seconds(self, passes: int, tokens: int) -> float:
+        return passes * self.of_pass + tokens * self.of_token
+
+
+def measure_speed(
+    parameters: int, width: int, sources: int, dtype: torch.dtype, device: str
+) -> Speed:
+    """Of a model with so many parameters in its matrices, which are about `width` wide."""
     x, matrix = (torch.rand(rows, width).to(device, dtype) for rows in (TOKENS, width))
     weights = [matrix.clone() for _ in range(sources)]
     c = torch.full((sources, 1, width), 1 / sources, device=device, requires_grad=True)
-    product = _seconds(lambda: x @ matrix) / (TOKENS * width**2)
+    product = _seconds(lambda: x @ matrix) / TOKENS
     made = combine(c, weights)
-    making = _seconds(lambda: combine(c.detach(), weights)) / width**2
+    making = _seconds(lambda: combine(c.detach(), weights))
     reducing = _seconds(lambda: torch.autograd.grad(made, c, matrix, retain_graph=True)[0])
-    of_weights = 2 * making + reducing / width**2
-    return needs.parameters * (PASSES * needs.tokens * product + of_weights)
+    matrices = parameters / width**2
+    return Speed(matrices * PASSES * product, matrices * (2 * making + reducing))
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.2g} min" if seconds < 6000 else f"{seconds / 3600:.2g} h"
 
 
 def _seconds(operation: Callable[[], Tensor]) -> float:

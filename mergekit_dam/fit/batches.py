@@ -20,7 +20,6 @@ class StepRows(torch.utils.data.Dataset):
         self.lengths = [[len(row) for row in rows] for rows in self._rows]
 
     def __len__(self) -> int:
-        """The source with the most rows; shorter ones begin again."""
         return max(map(len, self._rows))
 
     def __getitem__(self, numbers: Sequence[int]) -> list[Row]:
@@ -38,19 +37,25 @@ class ByLength(torch.utils.data.Sampler):
     last step of an epoch is filled up with rows from its beginning.
     """
 
-    def __init__(self, rows: StepRows, step: int, seed: int):  # `step`: items of all processes
-        self._rows, self._step, self._seed, self._epoch = rows, step, seed, 0
+    def __init__(
+        self,
+        lengths: Sequence[Sequence[int]],  # of each source's rows
+        step: int,  # items of all processes
+        seed: int,
+    ):
+        self._lengths, self._step, self._seed, self._epoch = lengths, step, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return -(-len(self._rows) // self._step) * self._step
+        """Of the source with the most rows; shorter ones begin again."""
+        return -(-max(map(len, self._lengths)) // self._step) * self._step
 
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         chance = random.Random(f"{self._seed} {self._epoch}")
-        columns = [self._column(lengths, chance) for lengths in self._rows.lengths]
-        fewest = min(map(len, self._rows.lengths))  # a row comes once in a window
+        columns = [self._column(lengths, chance) for lengths in self._lengths]
+        fewest = min(map(len, self._lengths))  # a row comes once in a window
         window = max(1, min(WINDOW, fewest // self._step)) * self._step
         for start in range(0, len(self), window):
             chosen = [column[start : start + window] for column in columns]
@@ -64,7 +69,7 @@ class ByLength(torch.utils.data.Sampler):
     def _steps(self, chosen: list[list[int]], chance: random.Random) -> Iterator[tuple[int, ...]]:
         by_length = [
             sorted(column, key=lengths.__getitem__)
-            for column, lengths in zip(chosen, self._rows.lengths, strict=True)
+            for column, lengths in zip(chosen, self._lengths, strict=True)
         ]
         items = list(zip(*by_length, strict=True))
         steps = [items[i : i + self._step] for i in range(0, len(items), self._step)]

@@ -1,5 +1,6 @@
 """What a fit will need, from the headers of the sources' files alone."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.memory import Needs, needs
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, counts, trained_tensors
+from mergekit_dam.fit.workload import Workload, workload
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
@@ -25,6 +27,7 @@ class Forecast:
     trained: int  # of these numbers
     dtype: torch.dtype  # of the forward pass
     sizes: dict[str, int]  # output tensor -> bytes that the fit holds for it
+    work: Workload
     needs: Needs  # of a step
     place: Place
 
@@ -50,21 +53,21 @@ def foresee(
     trained = sum(numbers.get(name, 0) for name in names)
     dtype = choose_dtype(settings, shapes.dtypes(), device)
     sizes = held(shapes, settings, skeleton)
-    longest = longest_rows(plan, settings, data)
+    work = foreseen_work(plan, settings, data)
     trust_remote_code = plan.options.trust_remote_code
     found = needs(
         plan.model_config,
         skeleton,
         dtype,
-        [settings.batch_size * length for length in longest],
+        work.largest,
         settings.objective,
         trained,
-        longest=max(longest),
+        longest=work.longest,
         trust_remote_code=trust_remote_code,
     )
     begins = None
     if choose_start(settings, plan) == "least_squares":
-        rows, sources = start_rows(settings, longest, data), len(plan.sources)
+        rows, sources = start_rows(plan, settings, data), len(plan.sources)
         begins = start_needs(
             plan.model_config, skeleton, dtype, rows, names, sources,
             trust_remote_code=trust_remote_code,
@@ -78,7 +81,7 @@ def foresee(
         begins,
         is_cast=shapes.dtypes() != {dtype},
     )
-    return Forecast(numbers, trained, dtype, sizes, found, where)
+    return Forecast(numbers, trained, dtype, sizes, work, found, where)
 
 
 def own_models(plan: Plan, shapes: HeaderShapes) -> int:
@@ -86,22 +89,35 @@ def own_models(plan: Plan, shapes: HeaderShapes) -> int:
     return sum(shapes.whole(source) for source in plan.teachers if not plan.is_whole(source))
 
 
-def longest_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[int]:
-    """Tokens of each source's longest row, or of one as long as settings and model let it be."""
-    if len(data) == len(plan.teachers):
-        return [min(settings.max_length, max(len(row) for row in own.train)) for own in data]
+def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> Workload:
+    """Of all steps; where the rows were not read, or there are no steps, as if every pass had the
+    longest."""
+    lengths = _lengths(plan, settings, data)
+    if is_read(plan, data) and settings.max_steps:
+        return workload(lengths, settings, int(os.environ.get("WORLD_SIZE", "1")))
+    largest = tuple(settings.batch_size * max(own) for own in lengths)
+    passes = max(settings.max_steps, 0) * settings.accumulation
+    return Workload(largest, max(map(max, lengths)), passes, passes * sum(largest))
+
+
+def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:
+    return len(data) == len(plan.teachers)
+
+
+def _lengths(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[int]]:
+    """Of each source's rows, or of one that is as long as settings and model let it be."""
+    if is_read(plan, data):
+        return [[min(len(row), settings.max_length) for row in own.train] for own in data]
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
-    return [min(settings.max_length, positions or settings.max_length)] * len(plan.teachers)
+    return [[min(settings.max_length, positions or settings.max_length)]] * len(plan.teachers)
 
 
-def start_rows(
-    settings: Settings, longest: Sequence[int], data: Sequence[SourceData]
-) -> list[list[Row]]:
+def start_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[Row]]:
     """Of each source, those that the least-squares start reads, or as many of the longest."""
     count = settings.calibration_rows
-    if len(data) != len(longest):
-        return [[Row([0] * length)] * count for length in longest]
-    return [[Row(row.ids[: settings.max_length]) for row in own.train[:count]] for own in data]
+    if is_read(plan, data):
+        return [[Row(row.ids[: settings.max_length]) for row in own.train[:count]] for own in data]
+    return [[Row([0] * length)] * count for (length,) in _lengths(plan, settings, data)]
 
 
 def held(shapes: HeaderShapes, settings: Settings, skeleton: Skeleton) -> dict[str, int]:

@@ -21,8 +21,9 @@ from mergekit_dam.config import Settings
 from mergekit_dam.data import Row
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
-from mergekit_dam.fit.batches import ByLength, StepRows, batch
+from mergekit_dam.fit.batches import StepRows, batch
 from mergekit_dam.fit.objective import row_states
+from mergekit_dam.fit.workload import items_of_a_fit
 from mergekit_dam.model import MergedModel
 
 TOKENS = 8192  # of a pass, which is a file
@@ -114,13 +115,8 @@ def discard(folder: Path) -> None:
 
 def rows_of_a_fit(rows: StepRows, settings: Settings, processes: int) -> list[list[Row]]:
     """For each source the rows that the steps will see, each once."""
-    step = settings.batch_size * processes
-    order = ByLength(rows, step, settings.seed)
-    wanted = settings.max_steps * settings.accumulation * step
-    if settings.max_steps < 0 or wanted >= len(order):
-        wanted = len(order)  # an epoch has every row
-    items = [item for _, item in zip(range(wanted), order, strict=False)]
-    numbers = [sorted({item[source] for item in items}) for source in range(len(rows.lengths))]
+    seen = set(items_of_a_fit(rows.lengths, settings, processes))
+    numbers = [sorted({item[source] for item in seen}) for source in range(len(rows.lengths))]
     return [[rows.row(source, n) for n in own] for source, own in enumerate(numbers)]
 
 

@@ -54,7 +54,7 @@ class CoefficientTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset=None):
         step = self.args.per_device_train_batch_size * self.args.world_size
-        return ByLength(self.train_dataset, step, self.args.seed)
+        return ByLength(self.train_dataset.lengths, step, self.args.seed)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         self._since = self._since or time.perf_counter()

@@ -1,0 +1,112 @@
+"""What a fit will compute is what it computes."""
+
+import random
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from mergekit.options import MergeOptions
+
+from mergekit_dam.config import Settings, read_recipe
+from mergekit_dam.data import Row, SourceData
+from mergekit_dam.fit import fit
+from mergekit_dam.fit.batches import PADDING, StepRows, collate
+from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.workload import items_of_a_fit, workload
+from mergekit_dam.model import MergedModel
+from mergekit_dam.model.live import Live
+
+QUIET = MergeOptions(quiet=True)
+VOCABULARY = tiny.VOCABULARY
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> list[Path]:
+    return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 2)
+
+
+def rows(count: int, longest: int, seed: int) -> list[Row]:
+    """Few are nearly as long as the longest, as in most texts."""
+    draw = random.Random(seed)
+    lengths = [max(3, int(longest * draw.random() ** 3)) for _ in range(count - 1)]
+    return [Row(draw.choices(range(3, VOCABULARY), k=length)) for length in (*lengths, longest)]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"steps": 3},
+        {"steps": 7, "accumulation": 3},
+        {"epochs": 1.5},
+        {"epochs": 2, "accumulation": 2},
+    ],
+    ids=str,
+)
+def test_it_is_what_the_trainer_computes(recipe, models, tmp_path, monkeypatch, settings):
+    data = [SourceData(rows(n, 30, n), rows(2, 9, n)) for n in (11, 7)]
+    document = read_recipe(str(recipe(models, dam={"steps": None, "batch_size": 2, **settings})))
+    seen, computed, forward = [], [], Distillation.forward
+
+    def recorded(self, input_ids, lengths, starts, sources):
+        seen.append([row[:n].tolist() for row, n in zip(input_ids, lengths, strict=True)])
+        return forward(self, input_ids, lengths, starts, sources)
+
+    monkeypatch.setattr(Distillation, "forward", recorded)
+    states = MergedModel.all_states
+
+    def counted(self, passes):
+        if torch.is_grad_enabled():  # a step, and no held-out figures
+            computed.append(sum(ids.numel() for ids, view in passes if view is None))
+        return states(self, passes)
+
+    monkeypatch.setattr(MergedModel, "all_states", counted)
+    fit(document, str(tmp_path / "o.safetensors"), QUIET, device="cpu", data=data)
+    stepped = StepRows(data)
+    items = list(items_of_a_fit(stepped.lengths, document.settings))
+    batches = [[stepped[item] for item in items[n : n + 2]] for n in range(0, len(items), 2)]
+    told = [[row.ids for source in zip(*batch, strict=True) for row in source] for batch in batches]
+    assert seen == told
+    work = workload(stepped.lengths, document.settings)
+    assert (work.passes, work.tokens) == (len(computed), sum(computed))
+    assert sum(work.largest) == max(computed)
+
+
+lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=30), min_size=1, max_size=3)
+
+
+@given(lengths, st.integers(1, 3), st.integers(1, 3), st.integers(1, 9))
+def test_several_processes_share_it(lengths, processes, batch_size, steps):
+    settings = Settings(data=(), batch_size=batch_size, steps=steps)
+    one = workload(lengths, settings.model_copy(update={"batch_size": batch_size * processes}))
+    each = workload(lengths, settings, processes)
+    assert each.passes == one.passes
+    assert sum(each.largest) <= sum(one.largest)
+    assert each.tokens * processes * (1 - PADDING) <= one.tokens + processes
+    assert each.longest == max(map(max, lengths))
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_rows_of_several_lengths_take_what_was_predicted(recipe, tmp_path, batch_size):
+    """Within 15 %, counted tensor by tensor, in the step that takes most."""
+    config = transformers.LlamaConfig(
+        **{**tiny.SIZES, "vocab_size": 512, "hidden_size": 128, "intermediate_size": 320}
+    )
+    models = tiny.save_models(tmp_path, config, 2)
+    data = [SourceData(rows(40, longest, longest), []) for longest in (400, 250)]
+    path = recipe(models, dam={"batch_size": batch_size, "steps": 10})
+    found = prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
+    step, stepped = Distillation(found.merged, found.settings.objective), StepRows(data)
+    items = list(items_of_a_fit(stepped.lengths, found.settings))
+    most = 0
+    for start in range(0, len(items), batch_size):
+        inputs = collate([stepped[item] for item in items[start : start + batch_size]])
+        with Live() as live:
+            step(**inputs)["loss"].backward()
+        step.zero_grad()
+        most = max(most, live.most)
+    assert found.needs.of(found.place.recompute) == pytest.approx(most, rel=0.15)
