@@ -21,7 +21,7 @@ passes over the `dam:` block.
 
 ```yaml
 merge_method: dam
-base_model: ./base                      # gives config and tokenizer; a source only if listed below
+base_model: ./base                      # gives config and tokenizer; see `use_base`
 models:
   - model: ./math
   - model: ./code
@@ -166,7 +166,8 @@ dam:
 
 Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE.fit/`, where FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting, a source
-or a row of data has changed, `report_to`, `recompute` and `offload` excepted. The folder is removed
+a row of data, the compute dtype or the
+number of processes has changed, `report_to`, `recompute` and `offload` excepted. The folder is removed
 when the fit is done. With `teacher: cached` the sources' states are in `FILE.teachers/` as long: a
 folder that a killed fit leaves is used by the next one for what it has of the same sources and
 rows.

@@ -60,12 +60,12 @@ def _fit_device(options: MergeOptions) -> str:
 def fit(merge_options: MergeOptions, config: str, out: str | None, resume: bool) -> None:
     """Fit the coefficients of CONFIG and write the coefficient file."""
     from mergekit_dam.config import read_recipe
-    from mergekit_dam.fit.trainer import is_main_process
+    from mergekit_dam.fit.processes import is_main
     from mergekit_dam.pipeline import fit_checked
 
     recipe, device = read_recipe(config), _fit_device(merge_options)
     table = fit_checked(recipe, out, merge_options, device=device, resume=resume)
-    if is_main_process():
+    if is_main():
         written = out if out is not None else recipe.coefficients
         _say(merge_options, f"{table}\n\nThe coefficients are in {written}.")
 

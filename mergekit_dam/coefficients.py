@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
+from mergekit_dam.places import whole
 from mergekit_dam.task_vectors import Preparation
 
 FORMAT_VERSION = 1
@@ -69,7 +70,7 @@ class Point(Frozen):
 
 
 class HeldOut(Frozen):
-    """Of the held-out curve: the KL of each source after this step."""
+    """Of the held-out curve: the KL of each source after this step; 0 is the start."""
 
     step: int
     kl: tuple[float, ...]
@@ -81,7 +82,7 @@ class Results(Frozen):
     average: tuple[Figures, ...]  # the plain average of the sources
     fit: tuple[Figures, ...]
     history: tuple[Point, ...] = ()
-    held_out: tuple[HeldOut, ...] = ()  # on the way, with `evaluate_every`
+    held_out: tuple[HeldOut, ...] = ()  # the start's, and on the way, with `evaluate_every`
 
 
 def _kls(results: Results) -> Iterator[tuple[float, ...]]:
@@ -138,27 +139,19 @@ def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: He
         for name, tensor in coefficients.items()
     }
     data = safetensors.torch.save(tensors, metadata={METADATA_KEY: header.model_dump_json()})
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
+    with whole(path) as partial:
+        with partial.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if path.exists() and path.read_bytes() != data:
             _keep(path)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _keep(path: Path) -> None:
     """A copy under a name of its own, so that at no moment the path is without a file."""
-    copy = path.with_name(f".{path.name}.kept-{os.getpid()}")
-    try:
+    with whole(next(name for name in _earlier_names(path) if not name.exists())) as copy:
         shutil.copy2(path, copy)
-        os.replace(copy, next(name for name in _earlier_names(path) if not name.exists()))
-    finally:
-        copy.unlink(missing_ok=True)
 
 
 def _earlier_names(path: Path) -> Iterator[Path]:

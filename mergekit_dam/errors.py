@@ -9,3 +9,7 @@ class DamError(click.ClickException):
     Being a ClickException, it ends mergekit's own command lines (which are click commands
     too) with `Error: <sentence>` and exit status 1, not with a traceback.
     """
+
+
+class NotFiniteError(DamError):
+    """Something became NaN or infinite, which may be the sources' fault."""

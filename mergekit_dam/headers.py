@@ -69,19 +69,27 @@ class HeaderShapes:
         *,
         base: bool = False,
         prepared: bool = False,
+        only_made: bool = False,
     ) -> dict[str, int]:
         """Output tensor -> bytes of all sources' tensors for it, in the dtype that the YAML casts
-        them to; with those of the `base` that is subtracted, and of the `prepared` differences."""
+        them to; with those of the `base` that is subtracted, and of the `prepared` differences.
+        With `only_made`, of those that no file holds as they are."""
         models = {**self._models, **(self._origin if base else {})}
         result = {}
         for name, output in self._plan.tensors.items():
             entries, own = self._entries(name, models), 0
             for model in models.keys() & output.inputs.keys():
                 shape, code = self._told(entries.get(model), model, shapes.get(name, ()))
-                own += prod(shape) * BYTES.get(self._plan.dtype or code, 1)
+                if not only_made or self._is_made(name, entries.get(model)):
+                    own += prod(shape) * BYTES.get(self._plan.dtype or code, 1)
                 own += 4 * prod(shape) if prepared and model in self._models else 0
             result[name] = own
         return result
+
+    def _is_made(self, name: str, entry: dict | None) -> bool:
+        """Whether mergekit makes a source's tensor of what its file holds."""
+        is_cast = self._plan.dtype and entry and _dtype(entry["dtype"]) != _dtype(self._plan.dtype)
+        return entry is None or bool(is_cast) or self._is_aligned(name)
 
     def whole(self, model: ModelReference) -> int:
         """Bytes of all tensors of a source, in the dtype that the YAML casts them to."""

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mergekit_dam.errors import DamError
 
+LOG = logging.getLogger(__name__)
+
 
 def require_model(model: ModelReference, options: MergeOptions) -> None:
     """Raises DamError for a model whose config or weights cannot be opened."""
@@ -37,7 +39,7 @@ def load_tokenizer(model: ModelReference, options: MergeOptions) -> PreTrainedTo
             trust_remote_code=options.trust_remote_code,
         )
     except Exception as error:
-        logging.debug("loading a tokenizer", exc_info=error)
+        LOG.debug("loading a tokenizer", exc_info=error)
         raise DamError(
             f"The model {model} has no tokenizer that transformers can load: put its tokenizer "
             "files beside its weights."

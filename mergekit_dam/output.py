@@ -10,7 +10,7 @@ from pathlib import Path
 from mergekit.scripts.multimerge import MODEL_CHECK_FILENAMES
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.places import hindrance
+from mergekit_dam.places import hindrance, whole
 
 MERGE_RECORD = "mergekit_config.yml"  # mergekit writes it into every merge of its own
 INPUTS_RECORD = "mergekit_dam_inputs.json"  # of a step in a chain: what it was made of
@@ -89,17 +89,14 @@ def appearing(out: str) -> Iterator[Path]:
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a file that is whole or not there."""
     target = Path(path)
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
+        with whole(target) as partial:
+            partial.write_text(text, encoding="utf-8")
     except OSError as error:
         raise DamError(
             f"{path} cannot be written ({error.strerror}): give another place."
         ) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _remove_left_over(target: Path) -> None:

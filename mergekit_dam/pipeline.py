@@ -11,7 +11,7 @@ from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
 from mergekit_dam.config.recipe import read_documents
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
-from mergekit_dam.fit.trainer import is_main_process
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.merging import inputs, merge
 from mergekit_dam.output import is_merged, require_free
 from mergekit_dam.steps import check_chain, label_of, made_of, stale, waits_for
@@ -29,7 +29,7 @@ def fit_checked(
     out = out if out is not None else recipe.coefficients
     check(recipe, options, coefficients=out, will_fit=True, will_merge=False, device=device)
     results = table.as_text(fit(recipe, out, options, device=device, resume=resume))
-    if options.quiet or not is_main_process():
+    if options.quiet or not is_main():
         return results
     return f"{results}\n\n{_report(out)}"
 
@@ -133,6 +133,6 @@ def _run(
     results = ""
     if recipe.merge.merge_method == "dam":
         results = fit_checked(recipe, None, options, device=device, resume=resume) + "\n\n"
-    if is_main_process():  # of a fit under torchrun
+    if is_main():  # of a fit under torchrun
         merge(recipe, out, options, overwrite=overwrite, made_of=made_of)
         say(f"{results}The merged model is in {out}.")

@@ -1,7 +1,23 @@
-"""Where files can be written."""
+"""Where files can be written, and how they are replaced."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+PARTIAL = ".*.partial-*"  # what a killed process may leave of `whole`
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A place for a file beside `path`, whose place it takes at the end, or is gone after a
+    failure: at no moment is a half of it there."""
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        yield partial
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def hindrance(path: Path) -> str:

@@ -115,7 +115,7 @@ def made_of(step: Step) -> dict[str, str]:
         for source in [describe(model)]
     }
     for entry in settings.data if settings and merge.merge_method == "dam" else ():
-        if os.path.isfile(entry.path):
+        if entry.path and os.path.isfile(entry.path):
             result[entry.path] = hashlib.sha256(Path(entry.path).read_bytes()).hexdigest()
     return result
 

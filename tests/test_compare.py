@@ -248,7 +248,7 @@ def test_evolution_begins_with_the_average_and_betters_it(laid, config):
     given = ingredients(config)
     with metered(laid.layers, "cpu") as meter:
         choice = search.evolve(given, laid, 0, 30)
-    assert choice.tried >= 30
+    assert choice.tried == 1 + 3 * 8  # whole generations
     assert meter.cost.forward_passes == choice.tried * 2 * 8
 
     def kl(candidate) -> float:
@@ -420,8 +420,35 @@ def test_another_comparisons_folder_is_refused(compared, config, tmp_path):
     path.write_text(yaml.safe_dump(other))
     before = (out / "results.json").read_bytes()
     message = refusal("mergekit-dam", "compare", path, "--out", out)
-    assert "another" in message or "other" in message
+    assert "holds a comparison of other models, rows or settings" in message
     assert (out / "results.json").read_bytes() == before
+
+
+def test_another_source_of_the_same_name_is_refused(config, tmp_path):
+    document = yaml.safe_load(config.read_text())
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    for number, model in enumerate(models):
+        document["models"][number]["model"] = str(model)
+        document["dam"]["data"][number]["source"] = str(model)
+    path = tmp_path / "own.yml"
+    path.write_text(yaml.safe_dump(document))
+    run_compare(path, tmp_path / "out", only=["linear"])
+    tiny.save_model(models[1], tiny.CONFIGS["llama"], seed=7)
+    with pytest.raises(DamError, match="holds a comparison of other models"):
+        run_compare(path, tmp_path / "out", only=["linear"])
+
+
+def test_the_ground_computes_in_the_dtype_of_a_fit(config, monkeypatch):
+    seen = []
+
+    def chosen(settings, dtypes, device):
+        seen.append(set(dtypes))
+        return torch.float32
+
+    monkeypatch.setattr(ground, "choose_dtype", chosen)
+    recipe, plan, data = prepared(config)
+    ground.Ground(recipe, plan, data, [[], []], device="cpu", search_rows=2)
+    assert seen == [{torch.bfloat16}]
 
 
 def test_a_foreign_results_file_is_refused(config, tmp_path):

@@ -26,11 +26,19 @@ def torchrun(*arguments: object) -> None:
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("offload", ["none", "disk"])
-def test_two_processes_fit_what_one_does(recipe, tmp_path, offload):
+@pytest.mark.parametrize(
+    "dam",
+    [
+        {"offload": "none"},
+        {"offload": "disk"},
+        {"teacher": "cached", "start": "least_squares", "evaluate_every": 2},
+    ],
+    ids=str,
+)
+def test_two_processes_fit_what_one_does(recipe, tmp_path, dam):
     """Rows of different length and an odd number of them, so that the processes' shares differ."""
     models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
-    shared = {"steps": 6, "offload": offload, "checkpoint_every": 2, "max_grad_norm": 0.1}
+    shared = {"steps": 6, "checkpoint_every": 2, "max_grad_norm": 0.1, **dam}
     one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
     path = recipe(models, rows=27, dam={**shared, "batch_size": 4})
     run("mergekit-dam", "fit", path, "--out", one, "--device", "cpu", "--quiet")

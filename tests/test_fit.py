@@ -20,12 +20,13 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row
-from mergekit_dam.fit import fit
+from mergekit_dam.fit import fit, stage
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.resume import PROGRESS
 from mergekit_dam.fit.trainer import last_checkpoint
 
 QUIET = MergeOptions(quiet=True)
@@ -191,11 +192,10 @@ def kill_when(command: list[str], is_time) -> None:
         process.wait()
 
 
-def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
-    path = recipe(
-        models,
-        dam={"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3},
-    )
+@pytest.mark.parametrize("start", ["average", "least_squares"])
+def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path, start):
+    dam = {"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3}
+    path = recipe(models, dam={**dam, "start": start})
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
     command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--out", str(broken), "--quiet"]
@@ -232,6 +232,70 @@ def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
     assert process.returncode == 130
     assert "--resume" in told
     assert "Traceback" not in told
+
+
+def test_a_start_that_was_killed_goes_on_as_the_same_fit_alone(recipe, models, tmp_path):
+    out = tmp_path / "dam.safetensors"
+    path = recipe(models, dam={"start": "least_squares", "steps": 1000, "checkpoint_every": 999})
+    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
+    kill_when(command, lambda: (Path(f"{out}.fit") / PROGRESS).exists())
+    document = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump({**document, "dam": {**document["dam"], "seed": 9, "steps": 3}}))
+    assert "begun with other settings (dam.seed, dam.steps" in refusal(*command, "--resume")
+    run(*command)  # anew, with nothing of the other's
+    begun = out.read_bytes()
+    run(*command[:-1], "--out", tmp_path / "clean.safetensors", "--quiet")
+    assert (tmp_path / "clean.safetensors").read_bytes() == begun
+
+
+def test_killed_when_its_file_was_written_a_fit_leaves_nothing(
+    recipe, models, tmp_path, monkeypatch
+):
+    recipe_, out = read_recipe(str(recipe(models))), tmp_path / "dam.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(stage, "_discard_all", lambda folder: None)
+        fit(recipe_, str(out), QUIET, device="cpu")
+    assert Path(f"{out}.fit").exists()
+    fit(recipe_, str(out), QUIET, device="cpu", resume=True)
+    assert not Path(f"{out}.fit").exists()
+
+
+def test_a_fit_is_another_with_another_file_to_start_from(recipe, models, tmp_path):
+    start, out = tmp_path / "start.safetensors", tmp_path / "dam.safetensors"
+    fit(read_recipe(str(recipe(models))), str(start), QUIET, device="cpu")
+    path = recipe(models, dam={"start": str(start)})
+    first = fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+    fit(read_recipe(str(recipe(models, dam={"seed": 3}))), str(start), QUIET, device="cpu")
+    path = recipe(models, dam={"start": str(start)})
+    second = fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
+    assert first.identity != second.identity
+
+
+def test_a_fit_that_is_done_holds_no_memory_when_the_next_begins(
+    recipe, models, tmp_path, monkeypatch
+):
+    alive, made = [], []
+
+    def preparing(*arguments, **options):
+        prepared = prepare(*arguments, **options)
+        alive.append([earlier() is not None for earlier in made])
+        made.append(weakref.ref(prepared.merged))
+        return prepared
+
+    monkeypatch.setattr(stage, "prepare", preparing)
+    for name in ("a", "b"):
+        fit(read_recipe(str(recipe(models))), str(tmp_path / name), QUIET, device="cpu")
+    assert alive == [[], [False]]
+
+
+def test_a_constant_rate_has_its_warmup(recipe, models, tmp_path):
+    files = []
+    for warmup in (0.0, 0.9):
+        dam = {"schedule": "constant", "warmup": warmup, "steps": 4, "learning_rate": 0.01}
+        out = tmp_path / f"{warmup}.safetensors"
+        fit(read_recipe(str(recipe(models, dam=dam))), str(out), QUIET, device="cpu")
+        files.append(CoefficientFile(out).get("model.norm.weight") - 1 / 3)
+    assert files[0].abs().max() > 1.5 * files[1].abs().max() > 0
 
 
 @pytest.fixture

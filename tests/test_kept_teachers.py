@@ -130,6 +130,28 @@ def test_other_data_or_sources_have_other_files(path, tmp_path):
     assert not first & names()
 
 
+def test_each_of_several_processes_keeps_its_share(path, tmp_path, monkeypatch):
+    recipe = read_recipe(path)
+    prepared = prepare(recipe, QUIET, device="cpu")
+    rows = [source.train for source in prepared.data]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    written = []
+    for rank in (0, 1):
+        monkeypatch.setenv("RANK", str(rank))
+        own = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", "")
+        before = set((tmp_path / "kept").glob("*"))
+        own.keep(rows, lambda b=before: written.append(set((tmp_path / "kept").glob("*")) - b))
+        if rank == 0:  # alone, it has written the other's at last
+            for file in (tmp_path / "kept").iterdir():
+                if file not in written[0]:
+                    file.unlink()
+    assert abs(len(written[0]) - len(written[1])) <= 1
+    assert not written[0] & written[1]
+    assert {file.name for file in written[0] | written[1]} == {
+        file.name for file in own._files.values()
+    }
+
+
 def test_foreign_files_in_the_folder_stay(path, tmp_path):
     folder = tmp_path / "out.safetensors.teachers"
     folder.mkdir()

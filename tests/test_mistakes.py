@@ -94,6 +94,9 @@ def test_a_file_of_another_setting(recipe, models, tmp_path, change, told) -> No
 
     message = refusal("mergekit-dam", "merge", changed(path, change_it), tmp_path / "out")
     assert told in message
+    outlook = run("mergekit-dam", "check", path)  # of another fit, which replaces the file
+    assert told in outlook.stderr
+    assert "trained coefficients" in outlook.stdout
 
 
 def test_a_base_that_becomes_a_source(recipe, models, tmp_path) -> None:

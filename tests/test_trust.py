@@ -244,7 +244,7 @@ def test_no_path_in_the_metadata_is_opened(tmp_path: Path):
         to_linear(file)
     finally:
         watching = False
-    assert str(tmp_path / "dam.html") in opened or opened  # the hook sees what is opened
+    assert [name for name in opened if "dam.html" in name]  # the hook sees what is opened
     assert not [name for name in opened if "secret" in name]
     assert secret.read_text() == "secret"
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 import transformers
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
@@ -88,6 +89,17 @@ def test_several_processes_share_it(lengths, processes, batch_size, steps):
     assert sum(each.largest) <= sum(one.largest)
     assert each.tokens * processes * (1 - PADDING) <= one.tokens + processes
     assert each.longest == max(map(max, lengths))
+
+
+def test_an_entry_may_have_longer_rows_than_the_others(recipe, models):
+    path = recipe(models, dam={"max_length": 8, "batch_size": 1})
+    document = yaml.safe_load(path.read_text())
+    document["dam"]["data"][1]["max_length"] = 60
+    path.write_text(yaml.safe_dump(document))
+    found = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    longest = [max(map(len, own.train)) for own in found.data]
+    assert longest[0] == 8 < longest[1]
+    assert 8 + longest[1] >= found.needs.tokens > longest[1]
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])

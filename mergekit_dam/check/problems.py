@@ -79,7 +79,12 @@ def check(
     if will_fit and settings is not None:
         problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
-        problems += _collect(file_problems(coefficients, settings, recipe.merge, plan, shapes))
+        found = _collect(file_problems(coefficients, settings, recipe.merge, plan, shapes))
+        if will_fit:  # which replaces the file, and keeps it under another name
+            for problem in found:
+                LOG.warning("%s.", problem)
+        else:
+            problems += found
     data, previews = [], []
     if in_full and settings is not None:
         previews = list(_previews(settings, plan, coefficients or "", problems, data))

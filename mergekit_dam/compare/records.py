@@ -1,7 +1,6 @@
 """What a comparison writes down: one entry for each model and each merge, kept as they come."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ import pydantic
 
 from mergekit_dam.coefficients import Frozen
 from mergekit_dam.errors import DamError
+from mergekit_dam.output import write_text
 
 RESULTS = "results.json"
 Kind = Literal["source", "base", "merge"]
@@ -112,17 +112,6 @@ def read(path: Path) -> Results | None:
 
 def write(path: Path, results: Results) -> None:
     write_text(path, json.dumps(results.model_dump(mode="json"), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replaced at once, so that a killed comparison leaves no half file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_cost(path: Path) -> Cost | None:

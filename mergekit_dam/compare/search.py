@@ -37,7 +37,7 @@ def best_of(candidates: Iterable[Candidate], ground: Ground, seed: int) -> Choic
 
 
 def evolve(given: Ingredients, ground: Ground, seed: int, evaluations: int) -> Choice:
-    """CMA-ES (Hansen, 2016) over a weight and a density for each source.
+    """CMA-ES (Hansen, 2016) over a weight and a density for each source, in whole generations.
 
     Begins with the plain average. Raises DamError where the library `cma` is not installed.
     """
@@ -52,11 +52,11 @@ def evolve(given: Ingredients, ground: Ground, seed: int, evaluations: int) -> C
     start = [1 / count] * count + [START] * count * has_base
     low = [0.0] * count + [SPARSEST] * count * has_base
     high = [HEAVIEST] * count + [1.0] * count * has_base
-    options = {"bounds": [low, high], "seed": seed + 1, "verbose": -9, "maxfevals": evaluations}
+    options = {"bounds": [low, high], "seed": seed + 1, "verbose": -9}
     strategy = cma.CMAEvolutionStrategy(start, SPREAD, options)
     average = weighted(given, [1 / count] * count, [1.0] * count if has_base else None)
     best, lowest, tried = average, _kl(average, ground, seed), 1
-    while tried < evaluations:
+    while tried + strategy.popsize <= evaluations:
         points = strategy.ask()
         kls = [_kl(candidate(point), ground, seed) for point in points]
         strategy.tell(points, [min(kl, HOPELESS) for kl in kls])

@@ -29,7 +29,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.rows import load_data
+from mergekit_dam.output import write_text
 from mergekit_dam.plan import plan_merge
+from mergekit_dam.sources import describe
 
 # Of the `dam:` block, what says on which ground to compare; the rest says how to fit.
 GROUND_KEYS = ("data", "examples", "max_length", "held_out", "loss_on", "seed", "compute_dtype")
@@ -143,8 +145,10 @@ class _Comparison:
         return found
 
     def _identity(self, document: dict) -> str:
+        models = (*self._plan.sources, self._plan.base)
         same = [
             document,
+            [describe(model).model_dump() for model in models if model],
             [rows.digest() for rows in self._data],
             [self._search_rows, self._evaluations, self._device],
             [mergekit_dam.__version__, *map(version, ("mergekit", "torch", "transformers"))],
@@ -207,7 +211,7 @@ class _Comparison:
         command = shlex.join(["mergekit-yaml", str(self._out / path), "OUT", *flags])
         head = f"# {command}\n# makes this merge (with the flags for models that were given).\n"
         body = yaml.safe_dump(candidate.document, sort_keys=False)
-        records.write_text(self._out / path, head + body)
+        write_text(self._out / path, head + body)
         return str(path)
 
     # --- Fits ---------------------------------------------------------------------------------
@@ -232,7 +236,7 @@ class _Comparison:
             return
         if meter.cost.backward_passes or not self._cost_path(name).exists():
             cost = meter.cost.model_copy(update={"is_whole": not goes_on})
-            records.write_text(self._cost_path(name), cost.model_dump_json())
+            write_text(self._cost_path(name), cost.model_dump_json())
 
     def _fitted(self, name: str) -> Choice:
         return Choice(Candidate({}, self._document_of(name)), 1)

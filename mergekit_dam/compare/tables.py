@@ -13,8 +13,8 @@ from mergekit_dam.compare.records import (
     retention,
     short_name,
     short_names,
-    write_text,
 )
+from mergekit_dam.output import write_text
 
 MARKDOWN = "results.md"
 COLUMNS = (

@@ -153,8 +153,8 @@ class Settings(Block):
         description="what AdamW steps along with `formula: weights`: what each source differs in "
         "from the base (or from the sources' mean) and that middle itself, or each coefficient",
     )
-    schedule: Literal["cosine", "linear", "constant", "constant_with_warmup", "polynomial"] = Field(
-        "cosine", description="how the learning rate falls"
+    schedule: Literal["cosine", "linear", "constant", "polynomial"] = Field(
+        "cosine", description="how the learning rate falls, after `warmup`"
     )
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")

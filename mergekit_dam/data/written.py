@@ -1,13 +1,13 @@
 """Rows that a source has written itself, in a file that can be looked at and used again."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mergekit_dam.data.row import Row
 from mergekit_dam.errors import DamError
+from mergekit_dam.places import whole
 
 
 @dataclass(frozen=True)
@@ -32,15 +32,10 @@ class Written:
 def save_written(path: Path, rows: Sequence[Written]) -> None:
     """The file appears when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            for row in rows:
-                line = {"text": row.text, "prompt": row.prompt, "tokens": row.tokens}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole(path) as partial, partial.open("w", encoding="utf-8") as file:
+        for row in rows:
+            line = {"text": row.text, "prompt": row.prompt, "tokens": row.tokens}
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def load_written(path: Path, vocabulary: int) -> list[Written]:

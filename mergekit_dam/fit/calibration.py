@@ -10,8 +10,8 @@ from tqdm import tqdm
 from mergekit_dam.config import Settings
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import PROGRESS, keep, kept
-from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.least_squares import least_squares, split
 from mergekit_dam.model import MergedModel
 
@@ -38,12 +38,12 @@ def calibrate(
     rows = [source.train[: settings.calibration_rows] for source in data]
     solved = _restore(merged, folder / PROGRESS) if resume else set()
     with tqdm(
-        total=len(merged.trained_blocks()), desc="Solving", disable=quiet or not is_main_process()
+        total=len(merged.trained_blocks()), desc="Solving", disable=quiet or not is_main()
     ) as bar:
 
         def report(path: str, done: set[str]) -> None:
             bar.update()
-            if is_main_process() and done - solved:
+            if is_main() and done - solved:
                 coefficients = merged.coefficients()
                 keep(folder / PROGRESS, {name: coefficients[name] for name in sorted(done)})
 

@@ -1,15 +1,17 @@
 """What a fit will need, from the headers of the sources' files alone."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mergekit_dam.config import Settings
+from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import Row, SourceData
+from mergekit_dam.fit import processes
 from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.memory import Needs, needs
+from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, counts, trained_tensors
 from mergekit_dam.fit.workload import Workload, workload
@@ -61,7 +63,8 @@ def foresee(
         dtype,
         work.largest,
         settings.objective,
-        trained,
+        coefficients=trained,
+        optimizer=_of_optimizer(plan, settings, trained),
         longest=work.longest,
         trust_remote_code=trust_remote_code,
     )
@@ -79,9 +82,15 @@ def foresee(
         sum(sizes.values()) + own_models(plan, shapes),
         groups_of(skeleton, sizes),
         begins,
+        made=sum(held(shapes, settings, skeleton, only_made=True).values()),
         is_cast=shapes.dtypes() != {dtype},
     )
     return Forecast(numbers, trained, dtype, sizes, work, found, where)
+
+
+def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, int]:
+    turns = settings.basis == "differences" and settings.formula == "weights"
+    return optimizer_memory(trained, len(plan.sources), along_differences=turns)
 
 
 def own_models(plan: Plan, shapes: HeaderShapes) -> int:
@@ -94,7 +103,7 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
     longest."""
     lengths = _lengths(plan, settings, data)
     if is_read(plan, data) and settings.max_steps:
-        return workload(lengths, settings, int(os.environ.get("WORLD_SIZE", "1")))
+        return workload(lengths, settings, processes.count())
     largest = tuple(settings.batch_size * max(own) for own in lengths)
     passes = max(settings.max_steps, 0) * settings.accumulation
     return Workload(largest, max(map(max, lengths)), passes, passes * sum(largest))
@@ -106,24 +115,36 @@ def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:
 
 def _lengths(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[int]]:
     """Of each source's rows, or of one that is as long as settings and model let it be."""
+    entries = data_entries(settings, plan.teachers)
+    own = [entries[source].max_length if source in entries else None for source in plan.teachers]
+    longest = [length or settings.max_length for length in own]
     if is_read(plan, data):
-        return [[min(len(row), settings.max_length) for row in own.train] for own in data]
+        return [
+            [min(len(row), length) for row in rows.train]
+            for rows, length in zip(data, longest, strict=True)
+        ]
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
-    return [[min(settings.max_length, positions or settings.max_length)]] * len(plan.teachers)
+    return [[min(length, positions or length)] for length in longest]
 
 
 def start_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[Row]]:
     """Of each source, those that the least-squares start reads, or as many of the longest."""
-    count = settings.calibration_rows
-    if is_read(plan, data):
-        return [[Row(row.ids[: settings.max_length]) for row in own.train[:count]] for own in data]
-    return [[Row([0] * length)] * count for (length,) in _lengths(plan, settings, data)]
+    count, lengths = settings.calibration_rows, _lengths(plan, settings, data)
+    if not is_read(plan, data):
+        return [[Row([0] * length)] * count for (length,) in lengths]
+    return [
+        [Row(row.ids[:length]) for row, length in zip(rows.train[:count], own, strict=False)]
+        for rows, own in zip(data, lengths, strict=True)
+    ]
 
 
-def held(shapes: HeaderShapes, settings: Settings, skeleton: Skeleton) -> dict[str, int]:
-    """Output tensor -> bytes that a fit holds for it."""
+def held(
+    shapes: HeaderShapes, settings: Settings, skeleton: Skeleton, *, only_made: bool = False
+) -> dict[str, int]:
+    """Output tensor -> bytes that a fit holds for it; `only_made`: that no file holds as well."""
     return shapes.bytes(
         {name: role.shape for name, role in skeleton.roles.items()},
         base=settings.formula == "task_vectors",
         prepared=settings.sparsify != "task_arithmetic",
+        only_made=only_made,
     )

@@ -19,8 +19,8 @@ from mergekit_dam.data import SourceData
 from mergekit_dam.data.load import share_out
 from mergekit_dam.data.written import load_written, save_written
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.sample import Sampler
-from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.model.whole import load_whole
 from mergekit_dam.opening import load_tokenizer
 from mergekit_dam.plan import Plan, plan_alone
@@ -126,7 +126,7 @@ class Generation:
 def write_if_missing(generation: Generation, merge: MergeConfiguration, device: str) -> None:
     """Under torchrun the first process writes, and the others wait."""
     path = generation.path
-    if not path.exists() and is_main_process():
+    if not path.exists() and is_main():
         generation.write(merge, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the model that is gone

@@ -9,9 +9,10 @@ from transformers import TrainerCallback
 class Interrupt(TrainerCallback):
     """A context, and a callback of the Trainer within it, in which no Ctrl-C is lost.
 
-    Python drops a KeyboardInterrupt that is raised in a finaliser or in the callback of a weak
-    reference, and a file that is cut off by one can end in an error of its writer's instead. The
-    first ends the fit after its step, the second is a KeyboardInterrupt again.
+    It ends a fit at once, as everywhere in Python, but for two cases: Python drops a
+    KeyboardInterrupt that is raised in a finaliser or in the callback of a weak reference (then the
+    fit ends after its step), and a file that is cut off by one can end in an error of its writer's
+    instead (which becomes a KeyboardInterrupt again).
     """
 
     _came = False

@@ -31,14 +31,18 @@ class Needs:
     head: int = 0  # the head's merged weights, and their gradients in float32
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
+    optimizer: int = 0  # coefficients with their moments
+    update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
-        """The peak: while the head's losses are computed, or gradients of a block's weights."""
+        """The peak: while the head's losses are computed, gradients of a block's weights, or the
+        optimiser's step."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
         held = self.blocks if recompute == "none" else 0
         at_head = self.head + self.losses + 3 * self.states
-        return int(kept + held + self.coefficients + max(at_head, self._in_a_block(recompute)))
+        step = kept + held + self.coefficients + max(at_head, self._in_a_block(recompute))
+        return int(self.optimizer + max(step, self.update))
 
     def _in_a_block(self, recompute: Recompute) -> float:
         largest, passing = self.tokens * self.kept.largest, 2 * self.tokens * self.kept.widest
@@ -55,8 +59,9 @@ def needs(
     dtype: torch.dtype,
     rows: Sequence[int],  # of each source, the tokens of a step
     objective: Objective,
-    coefficients: int = 0,  # how many are trained
     *,
+    coefficients: int = 0,  # how many are trained
+    optimizer: tuple[int, int] = (0, 0),  # see `optimizer.memory`
     longest: int,  # tokens of the longest row
     trust_remote_code: bool = False,
 ) -> Needs:
@@ -80,6 +85,8 @@ def needs(
             vocabulary * width * dtype.itemsize,  # the gradient that a chunk adds to the head's
         ),
         coefficients=3 * 4 * coefficients,
+        optimizer=optimizer[0],
+        update=max(optimizer[1], 5 * 4 * coefficients),
         parameters=sum(sizes) + vocabulary * width,
     )
 
@@ -103,7 +110,8 @@ def _of_a_logit(objective: Objective, dtype: torch.dtype) -> int:
 def free_memory(device: str) -> int:
     """Bytes that are free on a device now."""
     if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept  # by torch, for what comes
     return psutil.virtual_memory().available
 
 

@@ -41,6 +41,14 @@ class DifferencesAdamW(torch.optim.AdamW):
         return result
 
 
+def memory(numbers: int, sources: int, *, along_differences: bool) -> tuple[int, int]:
+    """Bytes of so many coefficients of so many sources with their moments, and what a step takes
+    beside them: gradients, and for `_Turn` copies of all."""
+    of_b = 1 / sources if along_differences else 0.0  # a tensor like the c of one source
+    update = 16 * (1 + of_b) if along_differences else 4
+    return int(12 * (1 + of_b) * numbers), int(update * numbers)
+
+
 def _joined(groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of one learning rate as one, with a list of each key for its tensors: a step is
     a few operations then, however many tensors there are."""

@@ -1,6 +1,5 @@
 """Where a fit keeps the sources and what it makes again, by what is free."""
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 
 from mergekit_dam.config import Settings
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import processes
 from mergekit_dam.fit.memory import Needs, free_memory, size
 from mergekit_dam.least_squares import StartNeeds
 from mergekit_dam.model import Offload, Recompute, Skeleton
@@ -94,18 +94,19 @@ def place(
     groups: Sequence[int],
     start: StartNeeds | None = None,
     *,
+    made: int = 0,
     is_cast: bool = False,
 ) -> Place:
-    """Where a fit keeps what it needs here. `sources` are the bytes of all their tensors, `groups`
-    those for each block, in the order of the forward pass; with `is_cast`, what the start computes
-    with is of another dtype."""
-    free, host = free_memory(device), host_memory()
-    is_cuda = torch.device(device).type == "cuda"
+    """Where a fit keeps what it needs here. `sources` are the bytes of all their tensors, `made`
+    those that no file holds as they are, `groups` those for each block, in the order of the forward
+    pass; with `is_cast`, what the start computes with is of another dtype."""
+    is_cuda, host = torch.device(device).type == "cuda", host_memory()
+    free = free_memory(device) if is_cuda else host
     least = found.of("block" if settings.recompute == "auto" else settings.recompute)
     least = max(least * bool(settings.max_steps), start.of(is_copied=is_cast) if start else 0)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
-    there = {"none": sources if is_cuda else 0, "disk": max(groups, default=0)}
-    there["cpu"] = _most_together(groups) if is_cuda else 0
+    there = {"none": sources if is_cuda else made, "disk": max(groups, default=0)}
+    there["cpu"] = _most_together(groups) if is_cuda else made
     recompute, how = choose_recompute(settings, found, free - there[offload])
     is_copied = is_cast or (is_cuda and offload == "disk")
     return Place(
@@ -116,7 +117,7 @@ def place(
         step=found.of(recompute) if settings.max_steps else 0,
         start=start.of(is_copied=is_copied) if start else 0,
         free=free,
-        mapped=0 if is_cuda or offload == "disk" else sources,
+        mapped=0 if is_cuda or offload == "disk" else sources - made,
         host=sources if is_cuda and offload == "cpu" else 0,
         free_host=host,
         told=tuple(filter(None, (why, how if settings.max_steps else ""))),
@@ -202,4 +203,4 @@ def _halves(number: int, least: int) -> Iterator[int]:
 
 def host_memory() -> int:
     """This process' share of what is free beside the GPUs: each of several keeps the sources."""
-    return free_memory("cpu") // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return free_memory("cpu") // processes.on_this_machine()

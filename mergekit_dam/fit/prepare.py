@@ -1,5 +1,6 @@
 """From a recipe to a fit of which everything is loaded and nothing is trained."""
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +19,10 @@ from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads,
 from mergekit_dam.fit.forecast import Forecast, foresee, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.place import Place, require_memory
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import digest, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
-from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
@@ -59,6 +60,7 @@ def prepare(
     take(device)
     if options.quiet:
         datasets.disable_progress_bars()
+    gc.collect()  # an earlier fit of this process: blocks and their model hold each other
     plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
     resolved = {"start": choose_start(settings, plan), "use_base": plan.has_base}
     if resolved["start"] == "least_squares":
@@ -99,13 +101,13 @@ def prepare(
     merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
     merged.recompute = found.place.recompute
     header = _header(recipe, settings, plan, preparation)
-    same = identity(header, data)
+    same = identity(header, data, dtype)
     header = header.model_copy(update={"identity": digest(same)})
     return Fit(settings, plan, merged, data, same, header, found.needs, found.place)
 
 
 def _say(sentence: str, options: MergeOptions) -> None:
-    if sentence and not options.quiet and is_main_process():
+    if sentence and not options.quiet and is_main():
         click.echo(sentence, err=True)
 
 

@@ -2,43 +2,59 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
-import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients import Header
+from mergekit_dam.coefficients import Figures, Header
+from mergekit_dam.config.settings import STARTS
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.trainer import is_main_process, last_checkpoint
+from mergekit_dam.fit import processes
+from mergekit_dam.fit.processes import is_main
+from mergekit_dam.fit.trainer import last_checkpoint
+from mergekit_dam.places import PARTIAL, whole
 
 HOW = ("report_to", "recompute", "offload")  # settings that change no result
 PROGRESS = "start.safetensors"  # coefficients of the blocks that the start has solved
+BEGINNING = "beginning.json"  # the figures of the start
 BEST = "best.safetensors"  # the best coefficients of the evaluations on the way
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
+FIGURES = pydantic.TypeAdapter(tuple[Figures, ...])
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
 
 
-def identity(header: Header, data: Sequence[SourceData]) -> dict[str, Any]:
-    """All that must be the same for two fits to be one."""
+def identity(header: Header, data: Sequence[SourceData], dtype: torch.dtype) -> dict[str, Any]:
+    """All that must be the same for two fits to be one; `dtype` is that of the forward pass."""
     settings = {key: value for key, value in header.settings.items() if key not in HOW}
+    start = header.settings.get("start")
     same = {
         **{f"dam.{key}": value for key, value in settings.items()},
         **header.merge,
         "contents of the sources": [source.model_dump() for source in header.sources],
         "contents of the base": header.base and header.base.model_dump(),
         "rows of the data": [rows.digest() for rows in data],
+        "contents of the start": None if start in STARTS else _contents(start),
+        "processes": processes.count(),
+        "compute dtype": str(dtype),
         "versions": [header.package, *map(version, ("mergekit", "torch", "transformers"))],
     }
     return json.loads(json.dumps(same))  # as it will be read again
+
+
+def _contents(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def digest(same: dict[str, Any]) -> str:
@@ -56,14 +72,17 @@ def require_place(folder: Path, *, resume: bool) -> None:
         )
 
 
-def find_checkpoint(folder: Path, same: dict[str, Any]) -> str | None:
-    """The checkpoint to go on from. Raises DamError rather than mix up two fits.
+def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str | None:
+    """The checkpoint to go on from, if any; None begins the folder anew, unless a fit that is
+    resumed had come to its start. Raises DamError rather than mix up two fits.
 
     `same` is the identity of the fit that is to go on.
     """
     record, last = folder / RECORD, last_checkpoint(folder)
-    if last is None:
-        if is_main_process():
+    if last is None and not (resume and (folder / PROGRESS).exists()):
+        if is_main():
+            for path in _kept_files(folder):
+                path.unlink(missing_ok=True)
             _write(record, same)
         return None
     earlier = _read(record)
@@ -102,23 +121,42 @@ def discard_empty(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints of a fit, and nothing else that may lie beside them."""
-    if not is_main_process() or not (folder / RECORD).exists():
+    if not is_main() or not (folder / RECORD).exists():
         return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
-    for name in (PROGRESS, BEST):
-        (folder / name).unlink(missing_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
+    for path in (*_kept_files(folder), folder / RECORD):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
         folder.rmdir()
+
+
+def _kept_files(folder: Path) -> Iterator[Path]:
+    """What lies beside the checkpoints, but for the record."""
+    return itertools.chain(
+        (folder / name for name in (PROGRESS, BEGINNING, BEST)), folder.glob(PARTIAL)
+    )
 
 
 def keep(path: Path, coefficients: Mapping[str, Tensor], **metadata: str) -> None:
     """Write coefficients of a fit that is under way, whole or not at all."""
     tensors = {name: c.detach().cpu().contiguous() for name, c in coefficients.items()}
-    temporary = path.with_suffix(".partial")
-    temporary.write_bytes(safetensors.torch.save(tensors, metadata or None))
-    os.replace(temporary, path)
+    with whole(path) as partial:
+        partial.write_bytes(safetensors.torch.save(tensors, metadata or None))
+
+
+def keep_figures(folder: Path, figures: Sequence[Figures]) -> None:
+    """Those with which a fit begins, for when it goes on."""
+    if is_main():
+        with whole(folder / BEGINNING) as partial:
+            partial.write_bytes(FIGURES.dump_json(tuple(figures)))
+
+
+def kept_figures(folder: Path) -> Sequence[Figures] | None:
+    try:
+        return FIGURES.validate_json((folder / BEGINNING).read_bytes())
+    except (OSError, ValueError):
+        return None
 
 
 def kept(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -139,9 +177,8 @@ def kept(path: Path, like: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dic
 def _write(record: Path, same: dict[str, Any]) -> None:
     try:
         record.parent.mkdir(parents=True, exist_ok=True)
-        temporary = record.with_suffix(".partial")
-        temporary.write_text(json.dumps(same), encoding="utf-8")
-        os.replace(temporary, record)
+        with whole(record) as partial:
+            partial.write_text(json.dumps(same), encoding="utf-8")
     except OSError as error:
         raise DamError(
             f"{record.parent} cannot be written ({error.strerror}): the fit keeps its checkpoints "

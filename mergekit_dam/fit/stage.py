@@ -1,7 +1,6 @@
 """The fit, from a recipe to the coefficient file."""
 
 import functools
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,22 +12,26 @@ from torch import Tensor
 from mergekit_dam import coefficients as files
 from mergekit_dam.config import Recipe
 from mergekit_dam.data import SourceData
-from mergekit_dam.errors import DamError
-from mergekit_dam.fit import teachers
+from mergekit_dam.errors import DamError, NotFiniteError
+from mergekit_dam.fit import processes, teachers
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
+from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import COMPARISONS, Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import (
     BEST,
     digest,
     discard,
     discard_empty,
     find_checkpoint,
+    keep_figures,
+    kept_figures,
     require_place,
 )
-from mergekit_dam.fit.trainer import CoefficientTrainer, build_trainer, history, is_main_process
+from mergekit_dam.fit.trainer import CoefficientTrainer, build_trainer, history
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Best, Watch, watched
 from mergekit_dam.model import MergedModel
@@ -55,23 +58,33 @@ def fit(
     require_place(folder, resume=resume)
     prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
+        _discard_all(folder)  # of a fit that was killed when it had written its file
         return files.open_file(out).header
-    checkpoint = find_checkpoint(folder, prepared.identity)
+    checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
     try:
-        header = _train(prepared, folder, checkpoint, resume=resume, quiet=options.quiet)
+        with Interrupt() as interrupt:
+            header = _train(
+                prepared, folder, checkpoint, interrupt, resume=resume, quiet=options.quiet
+            )
     except (DamError, OSError, RuntimeError) as error:
         discard_empty(folder)
-        _blame_sources(prepared)
+        if isinstance(error, NotFiniteError):
+            _blame_sources(prepared)
         raise _in_words(error, folder) from error
-    if is_main_process():
+    if is_main():
         files.save(out, prepared.merged.coefficients(), header)
-        discard(folder)
-        teachers.discard(_states_of(folder))
+        _discard_all(folder)
     return header
 
 
+def _discard_all(folder: Path) -> None:
+    if is_main():
+        discard(folder)
+        teachers.discard(_states_of(folder))
+
+
 def _blame_sources(prepared: Fit) -> None:
-    """A fit that failed over a source that is not sound says so. Only then is it worth the
+    """Where a source is not sound, say so rather than what came of it. Only then is it worth the
     reading of every weight."""
     found = prepared.merged.not_finite()
     if found is not None:
@@ -102,7 +115,13 @@ def is_fitted(out: str, header: files.Header) -> bool:
 
 
 def _train(
-    prepared: Fit, folder: Path, checkpoint: str | None, *, resume: bool, quiet: bool
+    prepared: Fit,
+    folder: Path,
+    checkpoint: str | None,
+    interrupt: Interrupt,
+    *,
+    resume: bool,
+    quiet: bool,
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
@@ -116,16 +135,24 @@ def _train(
         _require_finite(merged, folder)
         return _with_results(prepared, average=before, fit=figures())
     _require_trained(merged)
-    beginning = before if checkpoint else at_start(merged.coefficients(), before, figures)
+    beginning = kept_figures(folder) if checkpoint else None
+    if beginning is None:
+        beginning = at_start(merged.coefficients(), before, figures)
+        keep_figures(folder, beginning)
     trainer = _trainer(prepared, folder, known, quiet=quiet)
+    trainer.add_callback(interrupt)
     watch = Watch(trainer, settings, figures, Best(merged, folder / BEST, resume=bool(checkpoint)))
     watch.train(beginning, checkpoint)
     _require_finite(merged, folder)
     after = watch.end()
-    if is_main_process():
+    if is_main():
         warn_if_worse(beginning, after)
     return _with_results(
-        prepared, average=before, fit=after, history=history(trainer), held_out=watched(trainer)
+        prepared,
+        average=before,
+        fit=after,
+        history=history(trainer),
+        held_out=(files.HeldOut(step=0, kl=[f.kl for f in beginning]), *watched(trainer)),
     )
 
 
@@ -145,8 +172,8 @@ def _trainer(
     prepared: Fit, folder: Path, known: Sequence[Tensor | None], *, quiet: bool
 ) -> CoefficientTrainer:
     settings, rows = prepared.settings, StepRows(prepared.data)
-    kept = _teachers(prepared, rows, folder)
-    return build_trainer(
+    kept = _teachers(prepared, folder)
+    trainer = build_trainer(
         Distillation(prepared.merged, settings.objective, known, kept),
         rows,
         settings,
@@ -155,18 +182,20 @@ def _trainer(
         quiet=quiet,
         sources=[str(source) for source in prepared.plan.teachers],
     )
+    if kept is not None:
+        own = teachers.rows_of_a_fit(rows, settings, processes.count())
+        kept.keep(own, trainer.accelerator.wait_for_everyone)
+    return trainer
 
 
-def _teachers(prepared: Fit, rows: StepRows, folder: Path) -> teachers.KeptTeachers | None:
+def _teachers(prepared: Fit, folder: Path) -> teachers.KeptTeachers | None:
     """None: they teach live."""
     settings = prepared.settings
     if settings.teacher == "live" or not any(
         getattr(settings.objective, name) for name in COMPARISONS
     ):
         return None
-    kept = teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared))
-    kept.keep(teachers.rows_of_a_fit(rows, settings, int(os.environ.get("WORLD_SIZE", "1"))))
-    return kept
+    return teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared))
 
 
 def _states_of(folder: Path) -> Path:
@@ -184,7 +213,7 @@ def _require_finite(merged: MergedModel, folder: Path) -> None:
     for name, coefficient in merged.coefficients().items():
         if not torch.isfinite(coefficient).all():
             discard(folder)  # nobody can go on from there
-            raise DamError(
+            raise NotFiniteError(
                 f"The coefficients of {name} became NaN or infinite in the fit: lower "
                 "`dam.learning_rate`. Nothing was written."
             )

@@ -7,9 +7,8 @@ source's weights alone.
 
 import contextlib
 import hashlib
-import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +20,15 @@ from mergekit_dam.config import Settings
 from mergekit_dam.data import Row
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fit import processes
 from mergekit_dam.fit.batches import StepRows, batch
 from mergekit_dam.fit.objective import row_states
 from mergekit_dam.fit.workload import items_of_a_fit
 from mergekit_dam.model import MergedModel
+from mergekit_dam.places import whole
 
 TOKENS = 8192  # of a pass, which is a file
-FILE = re.compile(r"\d+-[0-9a-f]{24}\.(\d+\.partial|safetensors)")
+FILE = re.compile(r"\.?\d+-[0-9a-f]{24}\.safetensors(\.partial-\d+)?")
 
 
 class KeptTeachers:
@@ -54,18 +55,29 @@ class KeptTeachers:
         found = [self._read(self._files[source, key], key) for key in keys]
         return [states.to(input_ids.device) for states in found]
 
-    def keep(self, rows: Sequence[Sequence[Row]]) -> None:
-        """Compute what is not there yet, one source after the other.
+    def keep(self, rows: Sequence[Sequence[Row]], wait: Callable[[], None] = lambda: None) -> None:
+        """Compute what is not there yet, one source after the other; each of several processes a
+        share, after which `wait` waits for the others.
 
         Killed at any moment, it goes on where it was. Raises DamError for a full disk.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        for source, own in enumerate(rows):
-            for together in _passes({_key(row): row for row in own}.values()):
-                path = self._folder / f"{self._name(source, together)}.safetensors"
-                if not (path.exists() and is_whole(path)):
-                    self._write(path, source, together)
-                self._files |= {(source, _key(row)): path for row in together}
+        passes = [
+            (source, together)
+            for source, own in enumerate(rows)
+            for together in _passes({_key(row): row for row in own}.values())
+        ]
+        for source, together in passes[processes.rank() :: processes.count()]:
+            self._keep(source, together)
+        wait()
+        for source, together in passes:  # the others', too, where their disk is not this one
+            self._keep(source, together)
+
+    def _keep(self, source: int, rows: Sequence[Row]) -> None:
+        path = self._folder / f"{self._name(source, rows)}.safetensors"
+        if not (path.exists() and is_whole(path)):
+            self._write(path, source, rows)
+        self._files |= {(source, _key(row)): path for row in rows}
 
     @torch.no_grad()
     def _write(self, path: Path, source: int, rows: Sequence[Row]) -> None:
@@ -82,12 +94,10 @@ class KeptTeachers:
             )
         # Copies: rows that were computed together share their storage.
         tensors = {_key(r): s.clone().cpu() for r, s in zip(rows, states, strict=True)}
-        partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
-            save_file(tensors, partial)
-            os.replace(partial, path)
+            with whole(path) as partial:
+                save_file(tensors, partial)
         except Exception as error:  # safetensors has an exception of its own for a full disk
-            partial.unlink(missing_ok=True)
             raise DamError(
                 f"The teachers' states cannot be kept in {self._folder} ({error}): make room and "
                 "start again, which goes on from there, or set `dam.teacher: live`."

@@ -3,7 +3,6 @@ logging integrations and data parallelism come from there."""
 
 import json
 import math
-import os
 import re
 import time
 import zipfile
@@ -20,12 +19,13 @@ from transformers.trainer_callback import ProgressCallback
 
 from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, NotFiniteError
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit.batches import ByLength, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.optimizer import STEP, DifferencesAdamW, parameter_groups
 
+SCHEDULES = {"constant": "constant_with_warmup"}  # the Trainer's `constant` has none
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -106,7 +106,7 @@ def labels(sources: Sequence[str]) -> dict[str, str]:
 
 def _require_finite(loss: float, step: int) -> None:
     if not math.isfinite(loss):
-        raise DamError(
+        raise NotFiniteError(
             f"The loss became {loss} at step {step}: lower `dam.learning_rate`, or look for NaN in "
             "the sources' weights. No coefficients were written."
         )
@@ -183,7 +183,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         max_steps=settings.max_steps,
         num_train_epochs=settings.epochs or 1.0,
         learning_rate=settings.learning_rate or STEP,  # see `parameter_groups`
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=SCHEDULES.get(settings.schedule, settings.schedule),
         warmup_steps=settings.warmup,  # below 1: a share of all steps
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
@@ -230,11 +230,6 @@ def _is_json(path: Path) -> bool:
         return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
     except (OSError, ValueError):
         return False
-
-
-def is_main_process() -> bool:
-    """Only one process of a distributed fit writes the file and prints the table."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 def history(trainer: Trainer, points: int = 100) -> tuple[Point, ...]:

@@ -4,14 +4,14 @@ import contextlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from mergekit_dam.coefficients import Figures, HeldOut
 from mergekit_dam.config import Settings
-from mergekit_dam.fit.interrupt import Interrupt
+from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import keep, kept
-from mergekit_dam.fit.trainer import is_main_process
 from mergekit_dam.fit.verdict import mean_kl
 from mergekit_dam.model import MergedModel
 
@@ -38,7 +38,7 @@ class Best:
             return
         self._kl = mean_kl(figures)
         self._kept = {name: c.detach().cpu().clone() for name, c in self._trained.items()}
-        if is_main_process():
+        if is_main():
             keep(self._path, self._kept, kl=repr(self._kl))
 
     def take(self, end: Sequence[Figures]) -> bool:
@@ -80,9 +80,7 @@ class Watch(TrainerCallback):
             return
         if self._every:
             self._trainer.add_callback(self)
-        with Interrupt() as interrupt:
-            self._trainer.add_callback(interrupt)
-            self._trainer.train(resume_from_checkpoint=checkpoint)
+        self._trainer.train(resume_from_checkpoint=checkpoint)
 
     def end(self) -> Sequence[Figures]:
         """The figures of the coefficients that the fit ends with."""
@@ -91,7 +89,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
-            figures = self._evaluate()
+            # Processes whose roundings differ must not differ over when to stop.
+            (figures,) = broadcast_object_list([self._evaluate()])
             self._best.offer(figures)
             should_log = control.should_log
             self._trainer.log({f"{KEY}{n}": f.kl for n, f in enumerate(figures, 1)})

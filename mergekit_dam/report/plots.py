@@ -158,11 +158,10 @@ def curves(results: Results) -> Pictures:
 
 
 def held_out(results: Results) -> list[tuple[list[int], list[float]]]:
-    """(steps, KL) of each source: the plain average's at 0, where it was evaluated on the way, and
-    after the fit."""
+    """(steps, KL) of each source: of the start at 0, where it was evaluated on the way, and after
+    the fit."""
     last = results.history[-1].step if results.history else 0
     points = [
-        (0, [figures.kl for figures in results.average]),
         *((point.step, point.kl) for point in results.held_out if point.step < last),
         (last, [figures.kl for figures in results.fit]),
     ]
