@@ -112,16 +112,16 @@ def test_only_predicted_positions_reach_the_head_a_few_at_a_time(
     assert made.count("lm_head.weight") == 1
     with torch.no_grad():
         seen.clear()
-        evaluate(merged, [source.held_out for source in fit.data], 3)
+        evaluate(merged, [source.held_out for source in fit.data], 60, 30)
     assert max(seen) <= 3
 
 
 def test_held_out_figures_do_not_depend_on_the_chunks(make, monkeypatch):
     fit = make("gemma2")
     rows = [source.held_out for source in fit.data]
-    whole = evaluate(fit.merged, rows, 3)
+    whole = evaluate(fit.merged, rows, 60, 30)
     monkeypatch.setattr(chunks, "CHUNK", 2 * tiny.VOCABULARY)
-    for one, other in zip(whole, evaluate(fit.merged, rows, 3), strict=True):
+    for one, other in zip(whole, evaluate(fit.merged, rows, 60, 30), strict=True):
         assert one.tokens == other.tokens
         assert one.kl == pytest.approx(other.kl, rel=1e-5)
         assert one.source_perplexity == pytest.approx(other.source_perplexity, rel=1e-5)

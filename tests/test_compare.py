@@ -350,7 +350,8 @@ def test_answers_are_the_completions_of_held_out_prompts(config):
     recipe, plan, data = prepared(config)
     answers = load_answers(recipe.settings, plan, data, "none")
     for found, source in zip(answers, data, strict=True):
-        assert {a.row for a in found} == {tuple(row.ids) for row in source.held_out}
+        rows = {a.prompt + a.completion for a in found}
+        assert rows == {tuple(row.ids) for row in source.held_out}
         for answer in found:  # three characters and the end
             assert len(answer.completion) == 4
             assert answer.completion[-1] == plan.tokenizer.eos_token_id

@@ -73,7 +73,7 @@ def test_held_out_figures_are_means_over_all_predicted_tokens(recipe, models):
     fitted = prepare(read_recipe(str(recipe(models))), QUIET, device="cpu")
     held_out = [source.held_out for source in fitted.data]
     for number, (figures, rows) in enumerate(
-        zip(evaluate(fitted.merged, held_out, 3), held_out, strict=True)
+        zip(evaluate(fitted.merged, held_out, 60, 30), held_out, strict=True)
     ):
         source = tiny.load(models[number])
         kl, nll, tokens = 0.0, 0.0, 0
@@ -126,9 +126,9 @@ def test_positions_before_a_rows_start_count_for_nothing(distillation):
 
 def test_held_out_figures_begin_at_a_rows_start(distillation):
     whole, tail = Row([1, 4, 4, 12, 13, 14]), Row([1, 4, 4, 12, 13, 14], start=4)
-    (figures,) = evaluate(distillation.merged, [[tail]], 1)
+    (figures,) = evaluate(distillation.merged, [[tail]], 60, 30)
     assert figures.tokens == 1
-    (all_of_it,) = evaluate(distillation.merged, [[whole]], 1)
+    (all_of_it,) = evaluate(distillation.merged, [[whole]], 60, 30)
     assert all_of_it.tokens == 5
     ids = torch.tensor([whole.ids])
     p = distillation.merged.teach(0, ids)[0, 4].log_softmax(-1)

@@ -325,7 +325,7 @@ def test_written_rows_do_what_real_rows_do(tmp_path: Path, monkeypatch: pytest.M
     with torch.no_grad():
         for name, coefficient in prepared.merged.coefficients().items():
             coefficient.copy_(written.get(name))
-    found = evaluate(prepared.merged, [source.held_out for source in prepared.data], 8)
+    found = evaluate(prepared.merged, [source.held_out for source in prepared.data], 512, 256)
     average, with_real, with_written = (
         sum(figures.kl for figures in results) / 4
         for results in (real.header.results.average, real.header.results.fit, found)

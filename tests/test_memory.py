@@ -119,7 +119,7 @@ def test_figures_take_no_more_than_a_step(recipe, tmp_path, name):
     rows = [[Row([number + 1] * (length - n)) for n in range(5)] for number in range(SOURCES)]
     found = prepared(recipe, tmp_path, config, rows)
     with Live() as live:
-        evaluate(found.merged, rows, found.settings.batch_size)
+        evaluate(found.merged, rows, found.needs.tokens, found.needs.widest)
     assert live.most <= found.needs.of("block")
 
 
@@ -160,7 +160,9 @@ def test_the_start_takes_what_was_predicted(recipe, tmp_path, name):
 )
 def test_auto_takes_the_fastest_that_fits(free, mode):
     kept = Activations(all=1000, largest=200, inputs=50, widest=20)
-    needs = Needs(tokens=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300)
+    needs = Needs(
+        tokens=10, widest=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300
+    )
     settings = Settings(data=())
     chosen, why = choose_recompute(settings, needs, free)
     assert chosen == mode
@@ -212,7 +214,9 @@ def place_on(monkeypatch, device: str, groups: list[int], *, gpu: int, host: int
     memory = {"cpu": host, device: gpu}
     monkeypatch.setattr(place_module, "free_memory", memory.__getitem__)
     kept = Activations(all=1000, largest=200, inputs=50, widest=20)
-    needs = Needs(tokens=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300)
+    needs = Needs(
+        tokens=10, widest=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300
+    )
     return place(Settings(data=(), **settings), device, needs, sum(groups), groups)
 
 

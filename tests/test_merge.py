@@ -406,7 +406,7 @@ def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path)
         for name, coefficient in prepared.merged.coefficients().items():
             coefficient.copy_(file.get(name))
     held_out = [source.held_out for source in prepared.data]
-    figures = evaluate(prepared.merged, held_out, prepared.settings.batch_size)
+    figures = evaluate(prepared.merged, held_out, prepared.needs.tokens, prepared.needs.widest)
     assert figures == file.header.results.fit
 
 

@@ -4,12 +4,14 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 import yaml
 from commands import run
+from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import Figures
+from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import verdict
+from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 
 SENTENCE = "Warning: The fit ends farther from its sources than it began"
@@ -53,10 +55,17 @@ def test_means_over_the_sources_are_compared(monkeypatch):
     assert "its start, which is kept" in told.pop()
 
 
-def test_the_average_is_not_evaluated_twice():
-    figures = figures_of(1.0)
-    half = torch.full((2, 1, 4), 0.5)
-    lacking = torch.cat([half, torch.zeros(1, 1, 4)])  # of a source without the tensor
-    number = torch.tensor([0.5, 0.5])  # of a tensor that is a single number
-    assert at_start({"a": half, "b": lacking, "c": number}, figures, evaluate=None) is figures
-    assert at_start({"a": half, "b": half * 0.9}, figures, lambda: "evaluated") == "evaluated"
+@pytest.mark.parametrize(
+    ("weights", "is_average"),
+    [((1, 1), True), ((3, 3), True), ((1, 0), False), ((0.4, 0.6), False)],
+)
+def test_the_average_is_not_evaluated_twice(recipe, models, weights, is_average):
+    """A source of weight 0 is none that lacks the tensors."""
+    path = recipe(models, base_model=str(models[0]))
+    document = yaml.safe_load(path.read_text())
+    for model, weight in zip(document["models"], weights, strict=True):
+        model["parameters"] = {"weight": weight}
+    path.write_text(yaml.safe_dump(document))
+    merged = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cpu").merged
+    average, own = figures_of(1.0), figures_of(2.0)
+    assert at_start(merged, average, lambda: own) is (average if is_average else own)

@@ -1,6 +1,5 @@
 """What a fit will need, from the plan and the headers alone."""
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
@@ -82,7 +81,7 @@ def estimate(
     speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, device)
     sees_all = settings.teacher == "cached" and is_read(plan, data)
     rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
-    states = sum(map(len, itertools.chain(*rows))) * width * dtype.itemsize
+    states = sum(row.counted for own in rows for row in own) * width * dtype.itemsize
     has_steps = settings.max_steps != 0
     coefficients = sum(found.numbers.values())
     return Estimate(

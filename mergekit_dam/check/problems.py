@@ -1,6 +1,5 @@
 """Finds every mistake that can be known without loading weights, all at once."""
 
-import difflib
 import logging
 import os
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.nearest import did_you_mean
 from mergekit_dam.opening import require_model
 from mergekit_dam.plan import Plan, plan_merge, source_models
 
@@ -231,6 +231,5 @@ def _device_problems(device: str) -> Iterator[str]:
 
 def _unknown_source(where: str, name: str, models: Iterable[str]) -> str:
     models = list(models)
-    nearest = difflib.get_close_matches(name, models, n=1, cutoff=0.5)
-    hint = f", did you mean {nearest[0]}?" if nearest else f": they are {', '.join(models)}"
+    hint = did_you_mean(name, models, otherwise=f": they are {', '.join(models)}")
     return f"`{where}` is {name}, which is none of the sources{hint}"

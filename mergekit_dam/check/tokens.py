@@ -1,6 +1,5 @@
 """The YAML's settings of tokenizer and chat template: what they name and is not there."""
 
-import difflib
 import importlib.resources
 import os
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import ModelTokenEmbedding, TokenEmbeddingConfig
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.nearest import did_you_mean
 from mergekit_dam.opening import load_tokenizer
 
 SECONDS = 10  # for the Hub to say whether it has a model; loading would try for a minute
@@ -45,10 +45,9 @@ def _source_problems(merge: MergeConfiguration, options: MergeOptions) -> Iterat
             yield f"`{key}`: {error.message}"
     elif reason := _lacking(source, options):
         known = ["base", "union", *map(str, merge.referenced_models())]
-        nearest = difflib.get_close_matches(name, known, n=1)
         yield (
             f"`{key}` is {name}, which is neither base nor union nor a model that is there "
-            f"({reason})" + (f", did you mean {nearest[0]}?" if nearest else "")
+            f"({reason}){did_you_mean(name, known)}"
         )
 
 
@@ -74,11 +73,9 @@ def _template_problems(template: str | None) -> Iterator[str]:
     folder = importlib.resources.files(chat_templates)
     known = [f.name.removesuffix(".jinja") for f in folder.iterdir() if f.name.endswith(".jinja")]
     if template not in known:
-        nearest = difflib.get_close_matches(template, known, n=1)
         yield (
             f"`chat_template` is {template!r}, which is neither auto nor one of mergekit's "
-            f"({', '.join(sorted(known))}) nor a Jinja template"
-            + (f", did you mean {nearest[0]}?" if nearest else "")
+            f"({', '.join(sorted(known))}) nor a Jinja template{did_you_mean(template, known)}"
         )
 
 
@@ -97,8 +94,7 @@ def _embedding_problem(
     if not isinstance(model, ModelReference):  # zeros
         return None
     if model not in models:
-        nearest = difflib.get_close_matches(str(model), list(map(str, models)), n=1)
-        hint = f", did you mean {nearest[0]}?" if nearest else ": name one of them"
+        hint = did_you_mean(model, models, otherwise=": name one of them")
         return f"takes its embedding from {model}, which is none of the merge's models{hint}"
     if is_of_model and source.token_id is not None:
         size = model.config(options.trust_remote_code).get_text_config().vocab_size

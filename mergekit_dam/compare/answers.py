@@ -1,7 +1,7 @@
 """Exact match: greedy decoding of a row's completion from its prompt."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,10 +26,6 @@ class Answer:
     prompt: tuple[int, ...]
     completion: tuple[int, ...]
 
-    @property
-    def row(self) -> tuple[int, ...]:
-        return self.prompt + self.completion
-
 
 def load_answers(
     settings: Settings, plan: Plan, data: Sequence[SourceData], out: str
@@ -39,25 +35,38 @@ def load_answers(
     entries = tuple(e.model_copy(update={"loss_on": "completion"}) for e in settings.data)
     settings = settings.model_copy(update={"loss_on": "completion", "data": entries})
     return [
-        [answer for answer in _read(source, settings, plan, out) if answer.row in held_out]
+        list(_read(source, settings, plan, out, held_out))
         for source, held_out in zip(plan.sources, map(_held_out, data), strict=True)
     ]
 
 
-def _read(source: ModelReference, settings: Settings, plan: Plan, out: str) -> Iterator[Answer]:
+def _read(
+    source: ModelReference,
+    settings: Settings,
+    plan: Plan,
+    out: str,
+    held_out: Collection[tuple[int, ...]],
+) -> Iterator[Answer]:
     """Rows know where their completion begins when the loss is on completions."""
     try:
         rows = load_source_data(source, settings, plan, out).held_out
     except DamError:  # text in which nothing is asked
         return
     for row in rows:
-        if row.start > 0 and len(row) - row.start - 1 <= LONGEST:
-            yield Answer(tuple(row.ids[: row.start + 1]), tuple(row.ids[row.start + 1 :]))
+        if row.start > 0 and tuple(row.ids) in held_out:
+            answer = _ended(row.ids[row.start + 1 :], plan.tokenizer.eos_token_id)
+            if len(answer) <= LONGEST:
+                yield Answer(tuple(row.ids[: row.start + 1]), tuple(answer))
+
+
+def _ended(completion: list[int], end: int | None) -> list[int]:
+    """Up to the token with which decoding ends: chat templates write a line break after it."""
+    return completion[: completion.index(end) + 1] if end in completion else completion
 
 
 def _held_out(data: SourceData) -> set[tuple[int, ...]]:
     """Whole rows: one that is cut has an answer that is cut."""
-    return {tuple(row.ids) for row in data.held_out if not getattr(row, "is_cut", False)}
+    return {tuple(row.ids) for row in data.held_out if not row.is_cut}
 
 
 @torch.no_grad()

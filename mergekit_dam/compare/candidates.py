@@ -5,7 +5,7 @@ Each method has a small grid, of which the candidate with the lowest mean KL on 
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit.common import ModelReference
@@ -32,10 +32,10 @@ class Ingredients:
 
     document: dict[str, Any]
     plan: Plan
-    base: ModelReference | None = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "base", self.plan.base)
+    @property
+    def base(self) -> ModelReference | None:
+        return self.plan.base
 
     @property
     def sources(self) -> tuple[ModelReference, ...]:

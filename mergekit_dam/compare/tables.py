@@ -15,6 +15,7 @@ from mergekit_dam.compare.records import (
     short_names,
 )
 from mergekit_dam.output import write_text
+from mergekit_dam.table import aligned, cell
 
 MARKDOWN = "results.md"
 COLUMNS = (
@@ -66,12 +67,8 @@ def as_text(results: Results) -> str:
     """Aligned columns for a terminal."""
     table = [COLUMNS, *_rows(results)]
     used = [c for c in range(len(COLUMNS)) if any(row[c] not in ("", "-") for row in table[1:])]
-    widths = {c: max(len(row[c]) for row in table) for c in used}
-    lines = [
-        "  ".join(row[c].ljust(widths[c]) if c == 0 else row[c].rjust(widths[c]) for c in used)
-        for row in table
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *(text.rstrip() for text in lines[1:])])
+    head, *lines = aligned([[row[c] for c in used] for row in table])
+    return "\n".join([head, "-" * len(head), *lines])
 
 
 def as_markdown(results: Results, pictures: Sequence[str]) -> str:
@@ -145,7 +142,7 @@ def _by_source(results: Results, values, pattern: str) -> str:
 
 def _piped(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(c.replace('|', chr(92) + '|') for c in r)} |" for r in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

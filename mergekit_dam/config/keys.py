@@ -3,7 +3,6 @@
 mergekit passes over keys that it does not know; a misspelt one would silently change the merge.
 """
 
-import difflib
 import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -23,13 +22,14 @@ from mergekit.tokenizer.config import (
     TokenizerConfig,
 )
 
+from mergekit_dam.nearest import did_you_mean
+
 BLOCK = "dam"  # the part of the YAML that is ours
 
 
 def unknown_key(where: str, known: Iterable[str]) -> str:
     """A sentence part about a key that nobody reads, with the nearest one that is read."""
-    nearest = difflib.get_close_matches(where.rpartition(".")[2], list(known), n=1, cutoff=0.5)
-    return f"`{where}` is not a key" + (f", did you mean `{nearest[0]}`?" if nearest else "")
+    return f"`{where}` is not a key" + did_you_mean(where.rpartition(".")[2], known)
 
 
 def unknown_keys(document: Mapping) -> Iterator[str]:
@@ -39,16 +39,10 @@ def unknown_keys(document: Mapping) -> Iterator[str]:
         parameters = [p.name for p in merge_methods.get(method).spec.parameters]
     except (RuntimeError, TypeError):
         known = [m.spec.name for m in merge_methods.registered_methods()]
-        yield f"`merge_method` is {reprlib.repr(method)}, which mergekit does not know" + _nearest(
-            method, known
-        )
+        hint = did_you_mean(method, known)
+        yield f"`merge_method` is {reprlib.repr(method)}, which mergekit does not know{hint}"
         return
     yield from _Finder(parameters).document(document)
-
-
-def _nearest(name: Any, known: list[str]) -> str:
-    nearest = difflib.get_close_matches(str(name), known, n=1)
-    return f", did you mean {nearest[0]}?" if nearest else ""
 
 
 class _Finder:

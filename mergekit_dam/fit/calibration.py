@@ -1,15 +1,15 @@
 """The least-squares start of a fit: its rows, its progress, and going on where it was killed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from mergekit_dam.coefficients import Figures
 from mergekit_dam.config import Settings
 from mergekit_dam.data import Row, SourceData
-from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import PROGRESS, keep, kept
 from mergekit_dam.least_squares import least_squares, split
@@ -23,7 +23,7 @@ def calibrate(
     data: Sequence[SourceData],
     settings: Settings,
     folder: Path,
-    known: Sequence[Tensor | None],  # tokens of each source, see `Plan.known_tokens`
+    evaluate: Callable[[Sequence[Sequence[Row]]], Sequence[Figures]],  # on rows of each source
     *,
     resume: bool,
     quiet: bool,
@@ -48,27 +48,28 @@ def calibrate(
                 keep(folder / PROGRESS, {name: coefficients[name] for name in sorted(done)})
 
         least_squares(merged, rows, solved=solved, report=report)
-    _go_as_far_as_helps(merged, start, [split(own)[1] for own in rows], settings, known)
+    unseen = [split(own)[1] for own in rows]
+    _go_as_far_as_helps(merged, start, lambda: sum(f.kl for f in evaluate(unseen)))
 
 
 def _go_as_far_as_helps(
     merged: MergedModel,
     start: Mapping[str, Tensor],
-    unseen: Sequence[Sequence[Row]],
-    settings: Settings,
-    known: Sequence[Tensor | None],
+    divergence: Callable[[], float],
 ) -> None:
     """Layers that are each nearer to the sources need not make a merge that is."""
     trained = merged.trained_coefficients()
     found = {name: c.detach().clone() for name, c in trained.items()}
 
-    def divergence(share: float) -> float:
+    def go(share: float) -> None:
         for name, coefficient in trained.items():
             coefficient.data.copy_(torch.lerp(start[name], found[name], share))
-        return sum(f.kl for f in evaluate(merged, unseen, settings.batch_size, known))
 
-    best = min(SHARES, key=divergence)
-    divergence(best)
+    def divergence_at(share: float) -> float:
+        go(share)
+        return divergence()
+
+    go(min(SHARES, key=divergence_at))
 
 
 def _restore(merged: MergedModel, path: Path) -> set[str]:

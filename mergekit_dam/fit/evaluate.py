@@ -1,7 +1,7 @@
 """Held-out figures: how far the merge is from each source, and how well it predicts the text."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
 from mergekit_dam.data import Row
-from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.batches import batch, passes
 from mergekit_dam.fit.chunks import slices
 from mergekit_dam.fit.objective import among, row_states
 from mergekit_dam.model import Head, MergedModel
@@ -20,14 +20,14 @@ from mergekit_dam.model import Head, MergedModel
 def evaluate(
     merged: MergedModel,
     held_out: Sequence[Sequence[Row]],
-    batch_size: int,  # rows of each source in a step: no more memory is taken than that of a step
+    tokens: int,  # that go through the model at once, and so many of these through the head:
+    at_head: int,  # those of a step take no more memory than a step
     known_tokens: Sequence[Tensor | None] | None = None,
 ) -> tuple[Figures, ...]:
     """One entry for each source; see `Plan.known_tokens` for the last argument."""
     known = known_tokens or [None] * len(held_out)
-    together = batch_size * len(held_out)
     return tuple(
-        _figures(merged, source, rows, together, batch_size, known[source])
+        _figures(merged, source, rows, tokens, at_head, known[source])
         for source, rows in enumerate(held_out)
     )
 
@@ -36,15 +36,16 @@ def _figures(
     merged: MergedModel,
     source: int,
     rows: Sequence[Row],
-    together: int,  # so many go through the model at once,
-    batch_size: int,  # and so many of these through the head
+    together: int,
+    at_head: int,
     known: Tensor | None,
 ) -> Figures:
     # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
     tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
     known = None if known is None else known.to(merged.device)
     heads = merged.head(), merged.head(source)
-    for inputs in _batches(rows, source, together, merged.device):
+    for some in passes(rows, together):
+        inputs = {k: v.to(merged.device) for k, v in batch(some, [source] * len(some)).items()}
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
         views = [(view, range(len(ids))) for view in (None, source)]
         states = row_states(merged, ids, ends, starts, views)
@@ -52,9 +53,8 @@ def _figures(
             row[start + 1 : end]
             for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
         ]
-        for first in range(0, len(ids), batch_size):
-            some = slice(first, first + batch_size)
-            parts = [torch.cat(own[some]) for own in (*states, targets)]
+        pieces = (torch.cat(own).split(at_head) for own in (*states, targets))
+        for parts in zip(*pieces, strict=True):
             count, sums = _sums(heads, *parts, known, merged.vocabulary)
             tokens, totals = tokens + count, totals + sums
     tokens = max(tokens, 1)  # none where the source lacks every target
@@ -95,13 +95,3 @@ def _sums(
 
 def _perplexity(nll: float) -> float:
     return math.exp(min(nll, 700.0))  # beyond that a float overflows
-
-
-def _batches(
-    rows: Sequence[Row], source: int, together: int, device: torch.device
-) -> Iterator[dict[str, Tensor]]:
-    """Rows of similar length together, so that little padding is computed."""
-    ordered = sorted(rows, key=len, reverse=True)
-    for start in range(0, len(ordered), together):
-        chosen = ordered[start : start + together]
-        yield {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}

@@ -61,11 +61,10 @@ def foresee(
         plan.model_config,
         skeleton,
         dtype,
-        work.largest,
+        work,
         settings.objective,
         coefficients=trained,
         optimizer=_of_optimizer(plan, settings, trained),
-        longest=work.longest,
         trust_remote_code=trust_remote_code,
     )
     begins = None
@@ -101,40 +100,41 @@ def own_models(plan: Plan, shapes: HeaderShapes) -> int:
 def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> Workload:
     """Of all steps; where the rows were not read, or there are no steps, as if every pass had the
     longest."""
-    lengths = _lengths(plan, settings, data)
+    train = _lengths(plan, settings, [own.train for own in data])
     if is_read(plan, data) and settings.max_steps:
-        return workload(lengths, settings, processes.count())
-    largest = tuple(settings.batch_size * max(own) for own in lengths)
+        held_out = _lengths(plan, settings, [own.held_out for own in data])
+        alone = max(length for own in (*train, *held_out) for length in own)
+        return workload(train, settings, processes.count(), alone=alone)
+    largest = tuple(settings.batch_size * max(own) for own in train)
     passes = max(settings.max_steps, 0) * settings.accumulation
-    return Workload(largest, max(map(max, lengths)), passes, passes * sum(largest))
+    return Workload(largest, max(largest), max(map(max, train)), passes, passes * sum(largest))
 
 
 def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:
     return len(data) == len(plan.teachers)
 
 
-def _lengths(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[int]]:
+def _lengths(plan: Plan, settings: Settings, rows: Sequence[Sequence[Row]]) -> list[list[int]]:
     """Of each source's rows, or of one that is as long as settings and model let it be."""
     entries = data_entries(settings, plan.teachers)
     own = [entries[source].max_length if source in entries else None for source in plan.teachers]
-    longest = [length or settings.max_length for length in own]
-    if is_read(plan, data):
-        return [
-            [min(len(row), length) for row in rows.train]
-            for rows, length in zip(data, longest, strict=True)
-        ]
+    limits = [length or settings.max_length for length in own]
+    if len(rows) == len(limits):
+        return [[min(len(r), most) for r in o] for o, most in zip(rows, limits, strict=True)]
     positions = getattr(plan.model_config.get_text_config(), "max_position_embeddings", None)
-    return [[min(length, positions or length)] for length in longest]
+    return [[min(most, positions or most)] for most in limits]
 
 
 def start_rows(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> list[list[Row]]:
     """Of each source, those that the least-squares start reads, or as many of the longest."""
-    count, lengths = settings.calibration_rows, _lengths(plan, settings, data)
+    count = settings.calibration_rows
+    rows = [own.train[:count] for own in data]
+    lengths = _lengths(plan, settings, rows)
     if not is_read(plan, data):
         return [[Row([0] * length)] * count for (length,) in lengths]
     return [
-        [Row(row.ids[:length]) for row, length in zip(rows.train[:count], own, strict=False)]
-        for rows, own in zip(data, lengths, strict=True)
+        [Row(row.ids[:length]) for row, length in zip(*both, strict=True)]
+        for both in zip(rows, lengths, strict=True)
     ]
 
 

@@ -1,6 +1,5 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -9,6 +8,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.fit.chunks import slices
+from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
 
@@ -23,6 +23,7 @@ class Needs:
     them (docs/performance.md)."""
 
     tokens: int  # of all sources' rows
+    widest: int  # of one source's rows
     kept: Activations  # for each token
     states: int  # the final hidden states of the tokens
     blocks: int  # the merged weights of all blocks but embedding and head
@@ -57,12 +58,11 @@ def needs(
     config: PretrainedConfig,
     skeleton: Skeleton,
     dtype: torch.dtype,
-    rows: Sequence[int],  # of each source, the tokens of a step
+    work: Workload,
     objective: Objective,
     *,
     coefficients: int = 0,  # how many are trained
     optimizer: tuple[int, int] = (0, 0),  # see `optimizer.memory`
-    longest: int,  # tokens of the longest row
     trust_remote_code: bool = False,
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
@@ -70,18 +70,19 @@ def needs(
     own = [block for _, block in skeleton.blocks() if not any(block is end for end in ends)]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in own]
     text = config.get_text_config()
-    vocabulary, width = text.vocab_size, text.hidden_size
+    vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
     largest = own[sizes.index(max(sizes))]
     return Needs(
-        tokens=sum(rows),
-        kept=measure(config, dtype, longest, trust_remote_code=trust_remote_code),
-        states=sum(rows) * width * dtype.itemsize,
+        tokens=tokens,
+        widest=work.widest,
+        kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
+        states=tokens * width * dtype.itemsize,
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
         head=vocabulary * width * (dtype.itemsize + 4),
         losses=max(
-            _longest_chunk(max(rows), vocabulary) * vocabulary * _of_a_logit(objective, dtype),
+            _longest_chunk(work.widest, vocabulary) * vocabulary * _of_a_logit(objective, dtype),
             vocabulary * width * dtype.itemsize,  # the gradient that a chunk adds to the head's
         ),
         coefficients=3 * 4 * coefficients,

@@ -125,19 +125,20 @@ def _train(
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
     known = [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
-    held_out = [source.held_out for source in prepared.data]
-    figures = functools.partial(evaluate, merged, held_out, settings.batch_size, known)
+    room = {"tokens": prepared.needs.tokens, "at_head": prepared.needs.widest}
+    figures_on = functools.partial(evaluate, merged, **room, known_tokens=known)
+    figures = functools.partial(figures_on, [source.held_out for source in prepared.data])
     with merged.as_average():
         before = figures()
     if settings.start == "least_squares" and checkpoint is None:
-        calibrate(merged, prepared.data, settings, folder, known, resume=resume, quiet=quiet)
+        calibrate(merged, prepared.data, settings, folder, figures_on, resume=resume, quiet=quiet)
     if not settings.max_steps:
         _require_finite(merged, folder)
         return _with_results(prepared, average=before, fit=figures())
     _require_trained(merged)
     beginning = kept_figures(folder) if checkpoint else None
     if beginning is None:
-        beginning = at_start(merged.coefficients(), before, figures)
+        beginning = at_start(merged, before, figures)
         keep_figures(folder, beginning)
     trainer = _trainer(prepared, folder, known, quiet=quiet)
     trainer.add_callback(interrupt)
@@ -195,7 +196,9 @@ def _teachers(prepared: Fit, folder: Path) -> teachers.KeptTeachers | None:
         getattr(settings.objective, name) for name in COMPARISONS
     ):
         return None
-    return teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared))
+    return teachers.KeptTeachers(
+        prepared.merged, _states_of(folder), _teaching(prepared), prepared.needs.tokens
+    )
 
 
 def _states_of(folder: Path) -> Path:

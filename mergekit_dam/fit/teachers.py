@@ -8,7 +8,7 @@ source's weights alone.
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,13 +21,13 @@ from mergekit_dam.data import Row
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit import processes
-from mergekit_dam.fit.batches import StepRows, batch
+from mergekit_dam.fit.batches import StepRows, batch, passes
 from mergekit_dam.fit.objective import row_states
 from mergekit_dam.fit.workload import items_of_a_fit
 from mergekit_dam.model import MergedModel
 from mergekit_dam.places import whole
 
-TOKENS = 8192  # of a pass, which is a file
+TOKENS = 8192  # of a file
 FILE = re.compile(r"\.?\d+-[0-9a-f]{24}\.safetensors(\.partial-\d+)?")
 
 
@@ -38,8 +38,11 @@ class KeptTeachers:
     else that the states depend on: what belongs to another fit is never taken for this one's.
     """
 
-    def __init__(self, merged: MergedModel, folder: Path, fingerprint: str):
+    def __init__(
+        self, merged: MergedModel, folder: Path, fingerprint: str, tokens: int = TOKENS
+    ):  # `tokens` go through a source at once
         self._merged, self._folder, self._fingerprint = merged, folder, fingerprint
+        self._tokens = tokens
         self._files: dict[tuple[int, str], Path] = {}
 
     def __call__(
@@ -62,15 +65,15 @@ class KeptTeachers:
         Killed at any moment, it goes on where it was. Raises DamError for a full disk.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        passes = [
+        files = [
             (source, together)
             for source, own in enumerate(rows)
-            for together in _passes({_key(row): row for row in own}.values())
+            for together in passes({_key(row): row for row in own}.values(), TOKENS)
         ]
-        for source, together in passes[processes.rank() :: processes.count()]:
+        for source, together in files[processes.rank() :: processes.count()]:
             self._keep(source, together)
         wait()
-        for source, together in passes:  # the others', too, where their disk is not this one
+        for source, together in files:  # the others', too, where their disk is not this one
             self._keep(source, together)
 
     def _keep(self, source: int, rows: Sequence[Row]) -> None:
@@ -79,21 +82,17 @@ class KeptTeachers:
             self._write(path, source, rows)
         self._files |= {(source, _key(row)): path for row in rows}
 
-    @torch.no_grad()
     def _write(self, path: Path, source: int, rows: Sequence[Row]) -> None:
-        inputs = batch(rows, [source] * len(rows))
-        ids, lengths, starts = (
-            inputs[name].to(self._merged.device) for name in ("input_ids", "lengths", "starts")
-        )
-        view = (source, range(len(ids)))
-        (states,) = row_states(self._merged, ids, lengths, starts, [view])
+        tensors = {}
+        for together in passes(rows, self._tokens):
+            # Copies: rows that were computed together share their storage.
+            states = self._states(source, together)
+            tensors |= {_key(r): s.clone().cpu() for r, s in zip(together, states, strict=True)}
         if not self._merged.has_head(source):
             raise DamError(
                 "This model cannot be taken apart before its head, so its teachers' states cannot "
                 "be kept: set `dam.teacher: live`."
             )
-        # Copies: rows that were computed together share their storage.
-        tensors = {_key(r): s.clone().cpu() for r, s in zip(rows, states, strict=True)}
         try:
             with whole(path) as partial:
                 save_file(tensors, partial)
@@ -102,6 +101,15 @@ class KeptTeachers:
                 f"The teachers' states cannot be kept in {self._folder} ({error}): make room and "
                 "start again, which goes on from there, or set `dam.teacher: live`."
             ) from error
+
+    @torch.no_grad()
+    def _states(self, source: int, rows: Sequence[Row]) -> list[Tensor]:
+        inputs = batch(rows, [source] * len(rows))
+        ids, lengths, starts = (
+            inputs[name].to(self._merged.device) for name in ("input_ids", "lengths", "starts")
+        )
+        (states,) = row_states(self._merged, ids, lengths, starts, [(source, range(len(ids)))])
+        return states
 
     def _read(self, path: Path, key: str) -> Tensor:
         with safe_open(path, "pt") as file:
@@ -128,18 +136,6 @@ def rows_of_a_fit(rows: StepRows, settings: Settings, processes: int) -> list[li
     seen = set(items_of_a_fit(rows.lengths, settings, processes))
     numbers = [sorted({item[source] for item in seen}) for source in range(len(rows.lengths))]
     return [[rows.row(source, n) for n in own] for source, own in enumerate(numbers)]
-
-
-def _passes(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Rows of similar length, some thousands of tokens together."""
-    together: list[Row] = []
-    for row in sorted(rows, key=len):
-        if together and (len(together) + 1) * len(row) > TOKENS:
-            yield together
-            together = []
-        together.append(row)
-    if together:
-        yield together
 
 
 def _key(row: Row) -> str:

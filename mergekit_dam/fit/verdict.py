@@ -1,29 +1,20 @@
 """Whether a fit was worth it: its held-out KL against that of its start."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-
-from torch import Tensor
+from collections.abc import Callable, Sequence
 
 from mergekit_dam.coefficients import Figures
+from mergekit_dam.model import MergedModel
 
 LOG = logging.getLogger(__name__)
 NOISE = 1e-4  # of a mean KL, which differs a little from device to device
 
 
 def at_start(
-    coefficients: Mapping[str, Tensor],  # output tensor -> [N, *B]
-    average: Sequence[Figures],
-    evaluate: Callable[[], Sequence[Figures]],
+    merged: MergedModel, average: Sequence[Figures], evaluate: Callable[[], Sequence[Figures]]
 ) -> Sequence[Figures]:
     """The figures of the model as it is; those of the average are known already."""
-    return average if all(map(_is_average, coefficients.values())) else evaluate()
-
-
-def _is_average(coefficients: Tensor) -> bool:
-    """Zeros belong to sources that lack the tensor."""
-    present = coefficients[coefficients.reshape(len(coefficients), -1).any(1)]
-    return bool((present == 1 / max(len(present), 1)).all())
+    return average if merged.is_average() else evaluate()
 
 
 def mean_kl(figures: Sequence[Figures]) -> float:

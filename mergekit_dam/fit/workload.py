@@ -14,21 +14,26 @@ class Workload:
     """Tokens count with the padding that is computed beside them."""
 
     largest: tuple[int, ...]  # tokens of each source in the pass that computes most
+    widest: int  # tokens of one source in a pass
     longest: int  # tokens of a row
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
 
 
-def workload(lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1) -> Workload:
-    """Of rows of these lengths, for each source."""
+def workload(
+    lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1, *, alone: int = 0
+) -> Workload:
+    """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
     items = items_of_a_fit(lengths, settings, processes)
-    largest, passes, tokens = (0,) * len(lengths), 0, 0
+    largest, widest, passes, tokens = (0,) * len(lengths), 0, 0, 0
     while together := list(islice(items, settings.batch_size)):
         own = _computed(together, lengths)
-        largest = max(largest, own, key=sum)
+        largest, widest = max(largest, own, key=sum), max(widest, *own)
         passes, tokens = passes + 1, tokens + sum(own)
-    longest = max(map(max, lengths))
-    return Workload(largest, longest, -(-passes // processes), tokens // processes)
+    if alone > sum(largest):
+        largest = (alone, *[0] * (len(lengths) - 1))
+    widest, longest = max(widest, alone), max(alone, *map(max, lengths))
+    return Workload(largest, widest, longest, -(-passes // processes), tokens // processes)
 
 
 def items_of_a_fit(

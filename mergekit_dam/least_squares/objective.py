@@ -26,12 +26,9 @@ PART = 2**24  # numbers of a weight that are worked on at a time: 64 MB in float
 class LayerObjective(ABC):
     """f of one layer, collected."""
 
-    def __init__(self) -> None:
-        self.constant = 0.0  # ½ Σ ‖y‖²
-
     @abstractmethod
     def parts(self) -> Iterator["Part"]:
-        """What f is the sum of, but for its constant."""
+        """What f is the sum of, but for its constant, ½ Σ ‖y‖²."""
 
 
 class Part(ABC):
@@ -56,12 +53,6 @@ class Part(ABC):
     def diagonal(self) -> Weights:
         """The diagonal of A, broadcastable to W."""
 
-    def value(self, weights: Weights) -> float:
-        """f(W) without its constant."""
-        half, target = self.product(weights), self.target()
-        terms = [(w * (half[name] / 2 - target[name])).sum() for name, w in weights.items()]
-        return float(torch.stack(terms).double().sum())
-
 
 def _along(axis: int, rows: slice | Tensor, tensor: Tensor, behind: int) -> tuple:
     """Some rows of an axis, counted from the last one before those `behind`; what is broadcast
@@ -75,7 +66,6 @@ class LinearObjective(LayerObjective):
     """Σ ½ ‖W x + b - y‖² for a weight kept as [out, in], or as [in, out] with `input_axis` -2."""
 
     def __init__(self, weight: str, bias: str | None, input_axis: int = -1):
-        super().__init__()
         self._names = (weight, bias, input_axis)
         self._sums: LinearPart | None = None
 
@@ -88,7 +78,6 @@ class LinearObjective(LayerObjective):
         self._sums.inputs.add_(x.sum(0), alpha=weight)
         self._sums.outputs.add_(y.sum(0), alpha=weight)
         self._sums.count.add_(weight * len(x))
-        self.constant += weight * float(torch.linalg.vector_norm(y)) ** 2 / 2
 
     def parts(self) -> Iterator["LinearPart"]:
         outputs, inputs = self._sums.cross.shape
@@ -151,16 +140,12 @@ class EmbeddingObjective(LayerObjective):
     come are looked at."""
 
     def __init__(self, weight: str):
-        super().__init__()
         self._weight = weight
         self._wanted: list[tuple[Tensor, Tensor]] = []  # each source's, and its counts
 
     def add(self, counts: Tensor, source: Tensor, weight: float) -> None:
         """How often each token comes [vocabulary], and the embedding that is wanted for it."""
-        seen = counts.nonzero()[:, 0]
         own = weight * _accurate(counts)
-        squares = _accurate(source[seen]).square().sum(1)
-        self.constant += float((own[seen] * squares).sum()) / 2
         for known, total in self._wanted:
             if known is source:
                 total += own
@@ -205,7 +190,6 @@ class NormObjective(LayerObjective, Part):
     input_axis = None
 
     def __init__(self, weight: str, bias: str | None):
-        super().__init__()
         self._weight, self._bias = weight, bias
         self._sums: dict[str, Tensor | float] = dict.fromkeys(("xx", "x", "1", "xy", "y"), 0.0)
 
@@ -215,7 +199,6 @@ class NormObjective(LayerObjective, Part):
         terms = {"xx": x * x, "x": x, "1": torch.ones_like(x), "xy": x * y, "y": y}
         for name, term in terms.items():
             self._sums[name] = self._sums[name] + weight * term.sum(0)
-        self.constant += weight * float(y.square().sum()) / 2
 
     def parts(self) -> Iterator["NormObjective"]:
         yield self

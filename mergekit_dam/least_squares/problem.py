@@ -26,12 +26,21 @@ class Problem:
         inputs: Mapping[str, Inputs],  # of the layer's output tensors
         dtype: torch.dtype = torch.float32,
     ):
-        self._constant = objective.constant
         self._parts = [_Outputs(part, inputs, dtype) for part in objective.parts()]
         self._blocks: Coefficients = {}
 
-    def value(self, coefficients: Coefficients) -> float:
-        return self._constant + sum(part.value(part.cut(coefficients)) for part in self._parts)
+    def beside(self, origin: Coefficients) -> Callable[[Coefficients], float]:
+        """f less f(origin), as a function: of sources close to each other both differ by less than
+        their own rounding."""
+        slope = self.gradient(origin)
+
+        def difference(coefficients: Coefficients) -> float:
+            step = {name: c - origin[name] for name, c in coefficients.items()}
+            bent = self.curvature(step)
+            terms = (step[name].double() * (g + bent[name] / 2) for name, g in slope.items())
+            return float(sum(term.sum() for term in terms))
+
+        return difference
 
     def gradient(self, coefficients: Coefficients) -> Coefficients:
         """df/dc."""
@@ -73,9 +82,6 @@ class _Outputs:
 
     def cut(self, tensors: Coefficients) -> Coefficients:
         return {name: self._cut(name, tensor) for name, tensor in tensors.items()}
-
-    def value(self, coefficients: Coefficients) -> float:
-        return self.part.value(self._weights(coefficients))
 
     def gradient(self, coefficients: Coefficients) -> Coefficients:
         def slope(weights: Weights) -> Weights:

@@ -168,11 +168,11 @@ class _Walk:
         parameters = self._merged.coefficients()
         start = {name: parameters[name][rows[name]] for name in stacks}
         inputs = {name: stack.load() for name, stack in stacks.items()}
-        problem, unseen = Problem(fit, inputs), Problem(check, inputs)
-        best, found, lowest = start, start, unseen.value(start)
+        problem, unseen = Problem(fit, inputs), Problem(check, inputs).beside(start)
+        best, found, lowest = start, start, 0.0
         for ridge in RIDGES:
             found = solve(problem, start, ridge, first=found, tolerance=TOLERANCE)
-            if (value := unseen.value(found)) < lowest:
+            if (value := unseen(found)) < lowest:
                 best, lowest = found, value
         for name, coefficient in best.items():
             parameters[name].data[rows[name]] = coefficient

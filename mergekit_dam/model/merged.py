@@ -197,6 +197,13 @@ class MergedModel(nn.Module):
         """A context in which the model is the plain average of its sources."""
         return self._seen_as("average")
 
+    def is_average(self) -> bool:
+        """Whether its coefficients make it so."""
+        return all(
+            torch.equal(c, _average(c, self._weights[name]))
+            for name, c in self.coefficients().items()
+        )
+
     @contextmanager
     def intercepted(self, call: Call) -> Iterator[None]:
         """A context in which every block is run by `call(block, args, kwargs)`."""
@@ -278,6 +285,13 @@ class MergedModel(nn.Module):
 def _has_gradients(view: View) -> bool:
     """Only the merge's passes, where gradients are wanted at all."""
     return torch.is_grad_enabled() and view == "merge"
+
+
+def _average(coefficients: Tensor, stack: Stack) -> Tensor:
+    """Those of the plain average, of the same shape."""
+    result = torch.zeros_like(coefficients)
+    result[list(stack.rows[: stack.teachers])] = 1 / stack.teachers
+    return result
 
 
 class _StraightThrough(torch.autograd.Function):
