@@ -93,6 +93,10 @@ def _sum(
     result = torch.zeros(shape, dtype=torch.float64)
     for part, weight in zip(parts, weights, strict=True):
         result += weight * part.double()
+    if not torch.isfinite(result.float()).all():
+        raise DamError(
+            f"The sum of the coefficients of {name} is no finite number: give other weights."
+        )
     return result.float()
 
 

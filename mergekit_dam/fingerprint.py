@@ -119,10 +119,11 @@ def _safetensors(path: Path) -> Iterator[str]:
         start = file.tell()
         for name, entry in sorted(header.items()):
             begin, end = entry["data_offsets"]
-            middle = (begin + end) // 2
-            file.seek(start + middle)
-            sample = file.read(min(SAMPLE_BYTES, end - middle)).hex()
-            yield f"{name} {entry['dtype']} {entry['shape']} {sample}"
+            samples = []
+            for place in (begin, (begin + end) // 2, max(begin, end - SAMPLE_BYTES)):
+                file.seek(start + place)
+                samples.append(file.read(min(SAMPLE_BYTES, end - place)).hex())
+            yield f"{name} {entry['dtype']} {entry['shape']} {' '.join(samples)}"
 
 
 def read_header(file, path: Path) -> dict[str, dict]:

@@ -194,13 +194,23 @@ class HeaderShapes:
         return self._plan.tensors[name].is_aligned
 
 
-def _headers(model: ModelReference) -> dict[str, dict]:
-    index = LoaderCache().get(model).index
-    result: dict[str, dict] = {}
-    for shard in index.shards:
-        path = Path(index.base_path) / shard.filename
+def require_files(model: ModelReference) -> None:
+    """Raises DamError for a model that is incomplete."""
+    for path in _files(model):
         if not path.exists():
             raise DamError(f"{model} lacks the file {path}, which its index names: download it.")
+
+
+def _files(model: ModelReference) -> list[Path]:
+    index = LoaderCache().get(model).index
+    return [Path(index.base_path) / shard.filename for shard in index.shards]
+
+
+def _headers(model: ModelReference) -> dict[str, dict]:
+    require_files(model)
+    index = LoaderCache().get(model).index
+    result: dict[str, dict] = {}
+    for path in _files(model):
         if index.is_safetensors:
             with path.open("rb") as file:
                 result |= read_header(file, path)

@@ -10,6 +10,7 @@ from mergekit.options import MergeOptions
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.sources import signature
 
 LOG = logging.getLogger(__name__)
 
@@ -18,6 +19,7 @@ def require_model(model: ModelReference, options: MergeOptions) -> None:
     """Raises DamError for a model whose config or weights cannot be opened."""
     try:
         model.config(trust_remote_code=options.trust_remote_code)
+        _forget_if_changed(model)
         LoaderCache().get(model)
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
@@ -27,6 +29,19 @@ def require_model(model: ModelReference, options: MergeOptions) -> None:
             f"The model {model} cannot be opened ({reason}): give the path of a folder with "
             "config.json and weights, or a name on the Hub."
         ) from error
+
+
+_SEEN: dict[ModelReference, tuple] = {}
+
+
+def _forget_if_changed(model: ModelReference) -> None:
+    """mergekit keeps the files of a model open, by its name, as long as a process lives."""
+    folder = model.model.path
+    if os.path.isdir(folder):
+        found = signature([folder])
+        if _SEEN.get(model, found) != found:
+            LoaderCache().loaders.pop(model, None)
+        _SEEN[model] = found
 
 
 def load_tokenizer(model: ModelReference, options: MergeOptions) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from mergekit_dam.fingerprint import fingerprint
 def describe(model: Any, *, teaches: bool = True) -> Source:
     """The identity of a mergekit `ModelReference`, as the coefficient file records it."""
     paths = local_paths(model)
-    weights, config = _identity(paths, _signature(paths))
+    weights, config = _identity(paths, signature(paths))
     return Source(
         reference=str(model),
         revision=model.model.revision or _snapshot_revision(paths[0]),
@@ -94,7 +94,7 @@ def _snapshot_revision(path: str) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def _signature(paths: Sequence[str]) -> tuple:
+def signature(paths: Sequence[str]) -> tuple:
     """Changes when a file does, so that a remembered fingerprint is never a stale one."""
     entries = []
     for path in paths:

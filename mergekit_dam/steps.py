@@ -4,7 +4,7 @@ import filecmp
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -20,6 +20,7 @@ from mergekit_dam.check import (
 )
 from mergekit_dam.compatible import require_compatible
 from mergekit_dam.config import Step
+from mergekit_dam.data import files_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub import DEFAULT_NAME
 from mergekit_dam.output import INPUTS_RECORD, MERGE_RECORD, is_merged
@@ -114,10 +115,20 @@ def made_of(step: Step) -> dict[str, str]:
         if _is_there(model)
         for source in [describe(model)]
     }
-    for entry in settings.data if settings and merge.merge_method == "dam" else ():
-        if entry.path and os.path.isfile(entry.path):
-            result[entry.path] = hashlib.sha256(Path(entry.path).read_bytes()).hexdigest()
+    if settings and merge.merge_method == "dam":
+        named = (*(entry.path for entry in settings.data), settings.start)
+        for path in filter(None, named):
+            if files := files_of(path):
+                result[path] = _digest(files)
     return result
+
+
+def _digest(files: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} {os.path.getsize(file)} ".encode())
+        digest.update(Path(file).read_bytes())
+    return digest.hexdigest()
 
 
 def _is_there(model: ModelReference) -> bool:

@@ -14,6 +14,8 @@ import pydantic
 import torch
 from torch import Tensor
 
+from mergekit_dam.errors import DamError
+
 Sparsify = Literal[
     "task_arithmetic",
     "ties",
@@ -70,7 +72,7 @@ def resolve(
 
     equal = 1 / len(per_source)
     weights = tuple(v["weight"] if v.get("weight") is not None else equal for v in per_source)
-    return Parameters(
+    found = Parameters(
         weight=weights,
         density=each("density", 1.0),
         gamma=each("gamma", 0.0),
@@ -79,6 +81,22 @@ def resolve(
         rescale=given(shared, "rescale", False),
         scale=given(shared, "lambda", 1.0),
     )
+    _require_in_range(method, found)
+    return found
+
+
+def _require_in_range(method: Sparsify, found: Parameters) -> None:
+    for density, gamma, epsilon in zip(found.density, found.gamma, found.epsilon, strict=True):
+        if not 0 < density <= 1:
+            raise DamError(f"`density` is {density:g}: give the share to keep, above 0, at most 1.")
+        if not 0 <= gamma < 1:
+            raise DamError(f"`gamma` is {gamma:g}: give the share to drop, from 0 and below 1.")
+        is_random = method.startswith("della") and density < 1
+        if is_random and not 0 < density - epsilon <= density + epsilon < 1:
+            raise DamError(
+                f"`epsilon` is {epsilon:g} at a `density` of {density:g}: their difference must be "
+                "above 0, and their sum below 1."
+            )
 
 
 def prepare(

@@ -133,6 +133,42 @@ def test_a_step_whose_source_writes_its_own_rows(chain, tmp_path):
     tiny.load(out)
 
 
+@pytest.mark.parametrize("what", ["a folder", "a pattern", "a start"])
+def test_all_that_a_step_reads_is_part_of_it(chain, tmp_path, what):
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    tiny.write_jsonl(rows / "a.jsonl", [{"text": text} for text in tiny.sentences(16, 5)])
+    entry = chain[0]["dam"]["data"][1]
+    entry["path"] = {"a folder": str(rows), "a pattern": f"{rows}/*.jsonl"}.get(what, entry["path"])
+    path, out = write(tmp_path, chain), tmp_path / "out"
+    run("mergekit-dam", "run", path, out)
+    if what == "a start":
+        chain[0]["dam"]["start"] = str(tmp_path / "start.safetensors")
+        shutil.copy(tmp_path / "first.safetensors", tmp_path / "start.safetensors")
+        path = write(tmp_path, chain)
+        shutil.rmtree(f"{out}.steps/first")
+        run("mergekit-dam", "run", path, out, "--overwrite")
+        file = CoefficientFile(tmp_path / "start.safetensors")
+        save(file.path, {name: 2 * file.get(name) for name in file.names}, file.header)
+        told = "start.safetensors"
+    else:
+        tiny.write_jsonl(rows / "a.jsonl", [{"text": text} for text in tiny.sentences(16, 6)])
+        told = entry["path"]
+    message = refusal("mergekit-dam", "run", path, out, "--overwrite")
+    assert f"was made of another {tmp_path / told}" in message or f"another {told}" in message
+
+
+def test_check_finds_a_step_whose_model_is_incomplete(chain, models, tmp_path):
+    broken = tmp_path / "broken"
+    tiny.load(models[1]).save_pretrained(broken, max_shard_size="10KB")
+    tiny.save_tokenizer(broken)
+    shards = sorted(broken.glob("model-*.safetensors"))
+    shards[1].unlink()
+    chain[1]["models"][1]["model"] = str(broken)
+    message = refusal("mergekit-dam", "check", write(tmp_path, chain))
+    assert f"{broken} lacks the file {shards[1]}" in message
+
+
 def test_missing_data_and_models_are_told_before_the_first_merge(chain, tmp_path):
     out, steps = tmp_path / "out", tmp_path / "out.steps"
     chain[0]["dam"]["data"][0]["path"] = "gone.jsonl"

@@ -357,6 +357,28 @@ def test_answers_are_the_completions_of_held_out_prompts(config):
             assert answer.completion[-1] == plan.tokenizer.eos_token_id
 
 
+def test_an_answer_ends_where_decoding_does(config, tmp_path):
+    """Templates write a line break after the end."""
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}"
+        "{% if m.role == 'assistant' %}{{ eos_token }}a{% endif %}{% endfor %}"
+    )
+    document = yaml.safe_load(config.read_text())
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    for model, entry in zip(models, document["dam"]["data"], strict=True):
+        tiny.save_tokenizer(model, template)
+        entry["source"] = str(model)
+    document["models"] = [{"model": str(model)} for model in models]
+    path = tmp_path / "chat.yml"
+    path.write_text(yaml.safe_dump(document))
+    recipe, plan, data = prepared(path)
+    answers = load_answers(recipe.settings, plan, data, "none")
+    for own, rows in zip(answers, data, strict=True):
+        assert len(own) == len(rows.held_out) > 0
+        assert all(answer.completion[-1] == plan.tokenizer.eos_token_id for answer in own)
+        assert all(row.ids[-1] != plan.tokenizer.eos_token_id for row in rows.held_out)
+
+
 def test_text_has_no_answers(recipe, tmp_path):
     path = recipe(tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2))
     loaded, plan, data = prepared(path)

@@ -93,13 +93,24 @@ def test_a_named_column_goes_before_all_others(load: Load, chat: bool) -> None:
 
 
 def test_a_missing_column_is_named_with_those_there_are(load: Load) -> None:
-    with pytest.raises(DamError, match=r"neither text.*\(its columns are code, language\)"):
+    with pytest.raises(DamError, match=r"neither text.*\(it has code: .*, language: "):
         load([{"code": "a", "language": "b"}] * 2)
 
 
 def test_a_column_without_text_is_refused(load: Load) -> None:
-    with pytest.raises(DamError, match=r"neither text, nor .* \(its columns are text\)"):
+    with pytest.raises(DamError, match=r"neither text, nor .* \(it has text: "):
         load([{"text": 3}, {"text": 4}])
+
+
+def test_rows_of_a_held_out_split_are_not_trained_on(load: Load) -> None:
+    rows = [{"text": text} for text in ("ab", "cd", "ef", "gh", "ab")]
+    data = load(rows, held_out="train[:1]")
+    assert [row.ids for row in data.held_out] == [[BOS, *ids("ab")]]
+    assert sorted(row.ids for row in data.train) == sorted(
+        [BOS, *ids(text)] for text in ("cd", "ef", "gh")
+    )
+    with pytest.raises(DamError, match=r"All rows of .* are held out by `held_out: train`"):
+        load(rows, held_out="train")
 
 
 def test_prompt_and_completion_are_joined_and_ended(load: Load) -> None:
@@ -196,7 +207,9 @@ def test_of_several_shapes_the_first_in_the_list_counts(load: Load) -> None:
 
 
 def test_a_column_that_is_not_there_is_named(load: Load) -> None:
-    with pytest.raises(DamError, match=r"without prompt/completion in 'ask' and 'say' \(its col"):
+    with pytest.raises(
+        DamError, match=r"without prompt/completion in 'ask' and 'say' \(it has ask: "
+    ):
         load([{"ask": "a", "text": "b"}] * 2, columns={"prompt": "ask", "completion": "say"})
 
 

@@ -219,6 +219,14 @@ def two_files(folder: Path) -> list[CoefficientFile]:
     ]
 
 
+@pytest.mark.parametrize("weight", ["nan", "1e40"])
+def test_a_sum_that_is_no_number_is_not_written(tmp_path: Path, weight: str):
+    (a, _), out = two_files(tmp_path), tmp_path / "out.safetensors"
+    message = refusal("mergekit-dam", "blend", a.path, "--weight", weight, "--out", out)
+    assert "is no finite number: give other weights" in message
+    assert not out.exists()
+
+
 def test_blend_adds_up_by_source(tmp_path: Path):
     a, b = two_files(tmp_path)
     out = tmp_path / "c.safetensors"

@@ -1,7 +1,9 @@
 """The fit: what it changes, that it is reproducible, and that it survives being killed."""
 
 import itertools
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -269,6 +271,45 @@ def test_a_fit_is_another_with_another_file_to_start_from(recipe, models, tmp_pa
     path = recipe(models, dam={"start": str(start)})
     second = fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
     assert first.identity != second.identity
+
+
+def test_a_fit_is_another_with_another_config_of_the_base(recipe, models, tmp_path):
+    """It gives the merge its config, even where it is no source."""
+    base, out = tmp_path / "base", tmp_path / "dam.safetensors"
+    shutil.copytree(models[0], base)
+    path = recipe(models[1:], base_model=str(base), dam={"use_base": False})
+    first = fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    second = fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
+    assert first.identity != second.identity
+    assert first.results.fit != second.results.fit
+
+
+def test_a_source_that_changes_between_two_fits_of_a_process(recipe, tmp_path):
+    own = tiny.save_models(tmp_path / "own", tiny.CONFIGS["llama"], 2)
+    path = recipe(own)
+    first = fit(read_recipe(str(path)), str(tmp_path / "a"), QUIET, device="cpu")
+    tiny.save_model(own[1], tiny.CONFIGS["llama"], seed=9)
+    second = fit(read_recipe(str(path)), str(tmp_path / "b"), QUIET, device="cpu")
+    expected = fit(read_recipe(str(recipe(own))), str(tmp_path / "c"), QUIET, device="cpu")
+    assert second.results == expected.results != first.results
+    again = tiny.save_models(tmp_path / "again", tiny.CONFIGS["llama"], 1)
+    tiny.save_model(tmp_path / "again" / "m1", tiny.CONFIGS["llama"], seed=9)
+    elsewhere = recipe([again[0], tmp_path / "again" / "m1"])
+    third = fit(read_recipe(str(elsewhere)), str(tmp_path / "d"), QUIET, device="cpu")
+    assert third.results == second.results
+
+
+@pytest.mark.parametrize(
+    "dam", [{"steps": 1}, {"steps": 4, "warmup": 0.9, "schedule": "polynomial"}], ids=str
+)
+def test_a_short_fit_wastes_no_step_on_its_warmup(recipe, models, tmp_path, dam):
+    out = tmp_path / "dam.safetensors"
+    fit(read_recipe(str(recipe(models, dam=dam))), str(out), QUIET, device="cpu")
+    assert not torch.equal(
+        CoefficientFile(out).get("model.norm.weight"), torch.full((3, 16), 1 / 3)
+    )
 
 
 def test_a_fit_that_is_done_holds_no_memory_when_the_next_begins(

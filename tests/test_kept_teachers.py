@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 
+from mergekit_dam.check import check
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
@@ -128,6 +130,21 @@ def test_other_data_or_sources_have_other_files(path, tmp_path):
     assert names() == first
     tiny.save_model(tmp_path / "m1", tiny.CONFIGS["gemma2"], seed=9)
     assert not first & names()
+
+
+@pytest.mark.parametrize("loss_on", ["all", "completion"])
+def test_their_size_on_disk_is_foreseen(recipe, tmp_path, loss_on):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    rows = [{"prompt": text, "completion": text[:2]} for text in tiny.sentences(20, 0)]
+    data = {"path": str(tiny.write_jsonl(tmp_path / "rows.jsonl", rows)), "loss_on": loss_on}
+    recipe = read_recipe(str(recipe(models, dam={**CACHED, "data": data})))
+    options = {"coefficients": "none", "will_fit": True, "will_merge": False, "device": "cpu"}
+    told = check(recipe, QUIET, **options, in_full=True).estimate.states
+    prepared = prepare(recipe, QUIET, device="cpu")
+    kept = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", "")
+    kept.keep(teachers.rows_of_a_fit(StepRows(prepared.data), prepared.settings, 1))
+    tensors = [load_file(path) for path in (tmp_path / "kept").iterdir()]
+    assert told == sum(t.nbytes for file in tensors for t in file.values())
 
 
 def test_each_of_several_processes_keeps_its_share(path, tmp_path, monkeypatch):

@@ -1,5 +1,7 @@
 """Merging with mergekit's own unmodified commands."""
 
+import json
+import math
 import shutil
 import subprocess
 import time
@@ -396,6 +398,41 @@ def test_an_optional_tensor_that_one_source_lacks(recipe, tmp_path):
     logits = fitted(path, tmp_path)
     run("mergekit-yaml", path, tmp_path / "out", "--quiet")
     torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+
+
+@shows("settings", "a tied config, and heads in the files", "each head is merged, and warned of")
+@pytest.mark.parametrize("has_base", [True, False])
+def test_a_head_of_its_own_in_a_tied_merge(recipe, tmp_path, has_base):
+    tied = tiny.save_models(tmp_path, tiny.CONFIGS["llama_tied"], 2)
+    own = tiny.save_model(tmp_path / "own", tiny.CONFIGS["llama"], seed=5)
+    if not has_base:  # its config says otherwise than its files
+        config = json.loads((own / "config.json").read_text())
+        (own / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    path = recipe([tied[1], own], **({"base_model": str(tied[0])} if has_base else {}))
+    assert "ties lm_head.weight to another tensor" in run("mergekit-dam", "check", path).stderr
+    logits = fitted(path, tmp_path)
+    run("mergekit-yaml", path, tmp_path / "out", "--quiet")
+    torch.testing.assert_close(tiny.load(tmp_path / "out")(tiny.tokens()).logits, logits)
+    file = CoefficientFile(tmp_path / "dam.safetensors")
+    assert file.header.results.fit[1].source_perplexity == pytest.approx(
+        perplexity(own, prepared_rows(path, 1)), rel=1e-4
+    )
+
+
+def prepared_rows(path: Path, source: int) -> list[list[int]]:
+    prepared = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    return [row.ids for row in prepared.data[source].held_out]
+
+
+def perplexity(folder: Path, rows: list[list[int]]) -> float:
+    """Of a model on its own, over all predicted tokens."""
+    model, surprise, tokens = tiny.load(folder), 0.0, 0
+    for row in rows:
+        ids = torch.tensor([row])
+        logits = model(ids).logits[0, :-1]
+        surprise += torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").item()
+        tokens += len(row) - 1
+    return math.exp(surprise / tokens)
 
 
 def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path):

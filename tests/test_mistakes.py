@@ -35,7 +35,7 @@ def test_a_weight_that_is_no_number(recipe, models, value) -> None:
         recipe(models[:2]), lambda d: d["models"][0].update(parameters={"weight": value})
     )
     message = refusal("mergekit-dam", "check", path)
-    assert "which is no number: give one" in message
+    assert "which is no finite number: give one" in message
     assert "pydantic" not in message
 
 
@@ -106,6 +106,46 @@ def test_a_base_that_becomes_a_source(recipe, models, tmp_path) -> None:
     changed(path, lambda d: d["models"].append({"model": str(models[2])}))
     message = refusal("mergekit-dam", "merge", path, tmp_path / "out")
     assert f"{models[2]} is not one of them" in message
+
+
+@pytest.mark.parametrize("command", ["check", "fit"])
+def test_a_folder_that_is_yet_to_be(recipe, models, tmp_path, command) -> None:
+    where = f"{tmp_path / 'new'}/"
+    path = recipe(models[:2], parameters={"coefficients": where})
+    assert f"{where} is a folder" in refusal("mergekit-dam", command, path)
+    assert not Path(where).exists()
+
+
+TIES = {"formula": "task_vectors", "sparsify": "ties"}
+
+
+@pytest.mark.parametrize(
+    ("dam", "parameters", "told"),
+    [
+        (TIES, {"gamma": 0.1}, "`gamma` has no effect"),
+        (TIES, {"epsilon": 0.1}, "`epsilon` has no effect"),
+        (TIES, {"density": 5}, "`density` is 5"),
+        ({**TIES, "sparsify": "dare_linear"}, {"density": 0}, "`density` is 0"),
+        ({**TIES, "sparsify": "della"}, {"density": 0.1, "epsilon": 0.5}, "`epsilon` is 0.5 at"),
+        ({**TIES, "sparsify": "breadcrumbs"}, {"gamma": 1.5}, "`gamma` is 1.5"),
+        ({}, {"weight": float("nan")}, "`weight` is nan, which is no finite number"),
+        ({}, {"weight": float("inf")}, "`weight` is inf, which is no finite number"),
+        (TIES, {"normalize": "yes please"}, "`normalize` is 'yes please'"),
+        (
+            {},
+            {"weight": [{"filter": "mlpp", "value": 1}, {"value": 0.5}]},
+            "`weight` has the filter 'mlpp'",
+        ),
+        ({"objective": {"kl": 0, "l2": 1}}, {}, "compares the merge with no source"),
+    ],
+    ids=str,
+)
+def test_numbers_that_mean_nothing(recipe, models, tmp_path, dam, parameters, told) -> None:
+    shared = {"coefficients": str(tmp_path / "dam.safetensors"), **parameters}
+    path = recipe(models[:2], base_model=str(models[2]), parameters=shared, dam=dam)
+    message = refusal("mergekit-dam", "check", path)
+    assert told in message
+    assert "pydantic" not in message
 
 
 def test_an_error_stands_on_a_line_of_its_own(recipe, models, tmp_path) -> None:

@@ -105,13 +105,17 @@ def test_the_order_of_the_configs_keys_does_not_matter(models: list[Path], copy:
     assert fingerprint(str(copy)) == fingerprint(str(models[0]))
 
 
-@pytest.mark.parametrize("change", ["value", "name", "dtype", "missing"])
+@pytest.mark.parametrize("change", ["value", "first", "last", "name", "dtype", "missing"])
 def test_a_changed_tensor_is_another_model(models: list[Path], copy: Path, change: str) -> None:
     path = copy / "model.safetensors"
     tensors = load_file(path)
     norm = tensors.pop("model.norm.weight")
+    first, last = norm.clone(), norm.clone()
+    first[0], last[-1] = 3.0, 3.0
     changed = {
         "value": {"model.norm.weight": norm + 1},
+        "first": {"model.norm.weight": first},
+        "last": {"model.norm.weight": last},
         "name": {"model.norm.bias": norm},
         "dtype": {"model.norm.weight": norm.bfloat16()},
         "missing": {},

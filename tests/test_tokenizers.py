@@ -145,12 +145,12 @@ def tokens(**embeddings: dict) -> dict:
 
 
 MISTAKES = {
-    "source": ({"tokenizer": {"source": "unoin"}}, "did you mean union?"),
-    "tokenizer_source": ({"tokenizer_source": "bse"}, "did you mean base?"),
+    "source": ({"tokenizer": {"source": "unoin"}}, "did you mean `union`?"),
+    "tokenizer_source": ({"tokenizer_source": "bse"}, "did you mean `base`?"),
     "folder": ({"tokenizer": {"source": "./gone"}}, "`tokenizer.source` is ./gone"),
     "hub name": ({"tokenizer": {"source": "no/such-model"}}, "the Hub gives none"),
     "model": (tokens(new={"source": "./gone"}), "./gone, which is none of the merge's models"),
-    "near model": (tokens(new={"source": "M1x"}), "did you mean M1?"),
+    "near model": (tokens(new={"source": "M1x"}), "did you mean `M1`?"),
     "token of a model": (
         tokens(new={"source": "M0"}),
         "'new' from M0, whose tokenizer has no such",
@@ -166,7 +166,7 @@ MISTAKES = {
     "no source": (tokens(new={}), "`tokenizer.tokens.new` has no `source`"),
     "key": (tokens(new={"sorce": "M0", "source": {"kind": "zero"}}), "did you mean `source`?"),
     "padding": ({"tokenizer": {"pad_to_multiple_of": -8}}, "`tokenizer.pad_to_multiple_of` is -8"),
-    "template": ({"chat_template": "chatmll"}, "did you mean chatml?"),
+    "template": ({"chat_template": "chatmll"}, "did you mean `chatml`?"),
 }
 
 

@@ -22,7 +22,7 @@ def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -
         yield f"`parameters.coefficients` is {given!r}, which is not the path of a file"
     elif coefficients.startswith("~"):
         yield f"{coefficients}: mergekit does not know `~`, write the path out"
-    elif os.path.isdir(coefficients):
+    elif os.path.isdir(coefficients) or coefficients.endswith(("/", os.sep)):
         yield f"{coefficients} is a folder: the coefficients are one file, give its path"
     elif will_fit and parse(coefficients) and not coefficients.endswith(".safetensors"):
         yield (

@@ -1,22 +1,28 @@
 """mergekit's own parameters: which have no effect, and which are no numbers or ranges."""
 
+import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
-from mergekit.config import MergeConfiguration
+import pydantic
+from mergekit import merge_methods
+from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from mergekit_dam.config import Settings, parts_of
 
+SPARSIFYING = {"density", "gamma", "epsilon", "rescale", "int8_mask"}
+SWITCHES = ("normalize", "rescale", "int8_mask")
 NUMBERS = ("weight", "density", "gamma", "epsilon", "lambda")
 
 
 def parameter_problems(merge: MergeConfiguration, settings: Settings) -> Iterator[str]:
     """Parameters of mergekit's methods that this fit would pass over in silence."""
-    if settings.sparsify != "task_arithmetic":
-        return
+    method, accepted = settings.sparsify, set()
+    if method != "task_arithmetic":  # which would take a density, and leave all as it is
+        accepted = {parameter.name for parameter in merge_methods.get(method).spec.parameters}
     given = {name for part in _parameters(merge) for name in part or {}}
-    for name in sorted(given & {"density", "gamma", "epsilon", "rescale", "int8_mask"}):
+    for name in sorted(given & SPARSIFYING - accepted):
         yield (
             f"`{name}` has no effect: set `dam.formula: task_vectors` and `dam.sparsify` to the "
             "method whose parameter it is, or remove it"
@@ -37,21 +43,43 @@ def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:
 
 
 def number_problems(merge: MergeConfiguration) -> Iterator[str]:
-    """Values of mergekit's numeric parameters that are none."""
+    """Values of mergekit's parameters that are neither numbers nor switches, as they must be."""
     for part in _parameters(merge):
         for name in NUMBERS:
             for value in _values((part or {}).get(name)):
                 if not _is_number(value):
-                    yield f"`{name}` is {reprlib.repr(value)}, which is no number: give one"
+                    yield f"`{name}` is {reprlib.repr(value)}, which is no finite number: give one"
+        for name in SWITCHES:
+            for value in _values((part or {}).get(name)):
+                if not _is_switch(value):
+                    yield f"`{name}` is {reprlib.repr(value)}: give true or false"
 
 
 def _is_number(value: Any) -> bool:
     """YAML takes 1e-3 for a text, and mergekit takes it for the number."""
     try:
-        float(value)
+        return math.isfinite(float(value))
     except (TypeError, ValueError):
         return False
+
+
+def _is_switch(value: Any) -> bool:
+    """As mergekit reads it."""
+    try:
+        pydantic.TypeAdapter(bool).validate_python(value)
+    except pydantic.ValidationError:
+        return False
     return True
+
+
+def filter_problems(merge: MergeConfiguration, names: Collection[str]) -> Iterator[str]:
+    """Filters of values, by which no tensor gets one."""
+    for part in _parameters(merge):
+        for name, setting in (part or {}).items():
+            for item in setting if isinstance(setting, list) else ():
+                wanted = item.filter if isinstance(item, ConditionalParameter) else None
+                if wanted not in (None, "*") and not any(wanted in tensor for tensor in names):
+                    yield f"`{name}` has the filter {wanted!r}, which no tensor's name has in it"
 
 
 def _values(setting: Any) -> Iterator[Any]:

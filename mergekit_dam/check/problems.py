@@ -12,7 +12,12 @@ from mergekit.options import MergeOptions
 from mergekit_dam.check.estimate import Estimate, estimate, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.fitted import file_problems
-from mergekit_dam.check.parameters import number_problems, parameter_problems, range_problems
+from mergekit_dam.check.parameters import (
+    filter_problems,
+    number_problems,
+    parameter_problems,
+    range_problems,
+)
 from mergekit_dam.check.preview import preview
 from mergekit_dam.check.tokens import token_problems
 from mergekit_dam.compatible import require_one_config
@@ -24,9 +29,9 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.forecast import merged_skeleton
 from mergekit_dam.fit.rows import generation, load_source_data
-from mergekit_dam.fit.start import start_problems, starting_weights
+from mergekit_dam.fit.start import prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
-from mergekit_dam.headers import HeaderShapes
+from mergekit_dam.headers import HeaderShapes, require_files
 from mergekit_dam.nearest import did_you_mean
 from mergekit_dam.opening import require_model
 from mergekit_dam.plan import Plan, plan_merge, source_models
@@ -76,6 +81,7 @@ def check(
     except DamError as error:
         raise DamError(listed(recipe.path, [*problems, error.message])) from error
     problems += list(_collect(shapes.problems())) or _collect(_config_problems(recipe, options))
+    problems += filter_problems(recipe.merge, shapes.names())
     if will_fit and settings is not None:
         problems += _collect(_start_problems(settings, plan))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
@@ -93,6 +99,13 @@ def check(
         try:
             skeleton = merged_skeleton(plan, shapes)
             problems += misfits(settings, shapes, skeleton)
+            for name in skeleton.untied():
+                LOG.warning(
+                    "config.json of the merge ties %s to another tensor, but a source has its own, "
+                    "so the merge has: transformers loads what is there, other programs may not; "
+                    "give a `base_model` that ties none.",
+                    name,
+                )
             if in_full:
                 chosen = choose_device(device)
                 choose_threads(plan.model_config, chosen, options.num_threads)
@@ -148,6 +161,7 @@ def model_problems(
         if model.lora is None and not (but_under and _is_under(model.model.path, but_under)):
             try:
                 require_model(model, options)
+                require_files(model)
             except DamError as error:
                 yield error.message
 
@@ -217,6 +231,7 @@ def _start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
             return
         rows = [row for row, model in enumerate(plan.teachers) if model in output.inputs]
         starting_weights(plan, name, rows, settings)
+    prepare_as(plan, settings)
 
 
 def _config_problems(recipe: Recipe, options: MergeOptions) -> Iterator[str]:

@@ -34,6 +34,9 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
+COMPARISONS = ("kl", "reverse_kl", "jsd", "mse", "entropy")  # the terms that need the sources
+
+
 class Objective(Block):
     """Weights of the terms that the fit minimises (arXiv 2410.08371, section 3.2).
 
@@ -61,8 +64,11 @@ class Objective(Block):
 
     @pydantic.model_validator(mode="after")
     def _some_term(self) -> "Objective":
-        if not any(value for name, value in self if name != "temperature"):
-            raise ValueError("has no term with a weight: there is nothing to minimise")
+        if not any(getattr(self, name) for name in COMPARISONS):
+            terms = ", ".join(f"`{name}`" for name in COMPARISONS)
+            raise ValueError(
+                f"compares the merge with no source: give one of {terms} a weight above 0"
+            )
         return self
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import reprlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +48,22 @@ def load_rows(
     reader = Reader(entry, loss_on, tokenizer, source_tokenizer, length)
     rows = _rows(entry, entry.split, settings, reader)
     if isinstance(held_out, str):
-        return SourceData(train=rows, held_out=_rows(entry, held_out, settings, reader))
+        return _kept_apart(rows, _rows(entry, held_out, settings, reader), entry, held_out)
     return share_out(rows, held_out, entry.path)
+
+
+def _kept_apart(
+    rows: Sequence[Row], held_out: Sequence[Row], entry: DataSettings, split: str
+) -> SourceData:
+    """Splits may have rows in common, which are held out then."""
+    own = {(tuple(row.ids), row.start) for row in held_out}
+    train = [row for row in rows if (tuple(row.ids), row.start) not in own]
+    if not train:
+        raise DamError(
+            f"All rows of {entry.path} (split {entry.split}) are held out by `held_out: {split}`: "
+            f"give the `dam.data` entry of {entry.source} a `split` to train on."
+        )
+    return SourceData(train=train, held_out=list(held_out))
 
 
 def share_out(rows: Sequence[Row], share: float, name: str) -> SourceData:
@@ -79,7 +94,7 @@ def _rows(entry: DataSettings, split: str, settings: Settings, reader: Reader) -
 
 
 def _shapeless(row: dict, entry: DataSettings) -> str:
-    there = f"its columns are {', '.join(map(str, row))}"
+    there = f"it has {', '.join(f'{name}: {reprlib.repr(value)}' for name, value in row.items())}"
     if entry.mapping is None:
         return (
             f"{entry.path} has a row that is neither text, nor a conversation, nor prompt and "

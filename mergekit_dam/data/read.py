@@ -84,6 +84,14 @@ def _saved(entry: DataSettings, split: str) -> datasets.Dataset:
     return splits[split]
 
 
+def files_of(path: str) -> list[str]:
+    """The files that a path, a folder or a pattern stands for here; none for a name on the Hub."""
+    if os.path.isdir(path):
+        found = (os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names)
+        return sorted(found)
+    return _files(path)
+
+
 def _files(path: str) -> list[str]:
     if os.path.isfile(path):
         return [path]

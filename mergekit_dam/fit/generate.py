@@ -54,6 +54,7 @@ class Generation:
         source = describe(self.source)
         same = {
             "weights": source.weights,
+            "dtype": self.plan.dtype,
             "config": source.config,
             "template": self._tokenizer.chat_template,
             "vocabulary": len(self._tokenizer),

@@ -8,19 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_dam import losses
-from mergekit_dam.config.settings import Objective
+from mergekit_dam.config.settings import COMPARISONS, Objective
 from mergekit_dam.fit.batches import groups
 from mergekit_dam.fit.chunks import ChunkedLoss, Terms
 from mergekit_dam.formula import alignment
 from mergekit_dam.model import MergedModel, View
 
-COMPARISONS = {
-    "kl": losses.kl,
-    "reverse_kl": losses.reverse_kl,
-    "jsd": losses.jsd,
-    "mse": losses.mse,
-    "entropy": losses.entropy,
-}
+LOSSES = {name: getattr(losses, name) for name in COMPARISONS}
 
 # Source, input_ids, lengths and starts of some of its rows -> its states, as `row_states` has them;
 # None: they are to be computed.
@@ -97,8 +91,7 @@ class Distillation(nn.Module):
             share = len(student) / count
             temperature = self._objective.temperature
             return {
-                name: share * COMPARISONS[name](student, teacher, temperature)
-                for name in self._weights
+                name: share * LOSSES[name](student, teacher, temperature) for name in self._weights
             }
 
         return terms

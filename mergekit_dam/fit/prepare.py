@@ -101,7 +101,7 @@ def prepare(
     merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
     merged.recompute = found.place.recompute
     header = _header(recipe, settings, plan, preparation)
-    same = identity(header, data, dtype)
+    same = identity(header, data, dtype, plan.base and describe(plan.base))
     header = header.model_copy(update={"identity": digest(same)})
     return Fit(settings, plan, merged, data, same, header, found.needs, found.place)
 

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from mergekit_dam.coefficients import Figures, Header
+from mergekit_dam.coefficients import Figures, Header, Source
 from mergekit_dam.config.settings import STARTS
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
@@ -35,8 +35,11 @@ FIGURES = pydantic.TypeAdapter(tuple[Figures, ...])
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
 
 
-def identity(header: Header, data: Sequence[SourceData], dtype: torch.dtype) -> dict[str, Any]:
-    """All that must be the same for two fits to be one; `dtype` is that of the forward pass."""
+def identity(
+    header: Header, data: Sequence[SourceData], dtype: torch.dtype, base: Source | None
+) -> dict[str, Any]:
+    """All that must be the same for two fits to be one; `dtype` is that of the forward pass, `base`
+    gives the merge its config."""
     settings = {key: value for key, value in header.settings.items() if key not in HOW}
     start = header.settings.get("start")
     same = {
@@ -45,6 +48,7 @@ def identity(header: Header, data: Sequence[SourceData], dtype: torch.dtype) -> 
         "contents of the sources": [source.model_dump() for source in header.sources],
         "contents of the base": header.base and header.base.model_dump(),
         "rows of the data": [rows.digest() for rows in data],
+        "config of the base": base and base.config,
         "contents of the start": None if start in STARTS else _contents(start),
         "processes": processes.count(),
         "compute dtype": str(dtype),

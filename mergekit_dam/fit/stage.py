@@ -18,7 +18,7 @@ from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
-from mergekit_dam.fit.objective import COMPARISONS, Distillation
+from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import (
@@ -191,10 +191,7 @@ def _trainer(
 
 def _teachers(prepared: Fit, folder: Path) -> teachers.KeptTeachers | None:
     """None: they teach live."""
-    settings = prepared.settings
-    if settings.teacher == "live" or not any(
-        getattr(settings.objective, name) for name in COMPARISONS
-    ):
+    if prepared.settings.teacher == "live":
         return None
     return teachers.KeptTeachers(
         prepared.merged, _states_of(folder), _teaching(prepared), prepared.needs.tokens

@@ -52,6 +52,12 @@ class CoefficientTrainer(Trainer):
             self.optimizer = DifferencesAdamW(self._groups, **arguments)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """A warm-up of a part of a step is none: it would waste that step."""
+        if self.args.warmup_steps < 1:
+            self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_train_sampler(self, train_dataset=None):
         step = self.args.per_device_train_batch_size * self.args.world_size
         return ByLength(self.train_dataset.lengths, step, self.args.seed)

@@ -45,6 +45,11 @@ class Skeleton:
     roles: dict[str, Role]  # output tensor -> its role
     assemblies: tuple[Assembly, ...] = ()  # of the parameters that are no single output tensor
 
+    def untied(self) -> list[str]:
+        """Parameters that the config ties to another, and that the merge writes all the same."""
+        tied = self.model.all_tied_weights_keys.items()
+        return [own for own, other in tied if self.tensors[own] != self.tensors[other]]
+
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts whose weights are made together, with their full names."""
         return blocks_of(self.model)
@@ -137,7 +142,8 @@ def _output_names(
     """For every parameter that is one output tensor, tied ones too, that tensor's name; also for
     every buffer that a checkpoint holds.
 
-    Without storage a tied head is a parameter of its own, so the sharing is made explicit here.
+    Without storage a tied head is a parameter of its own, so the sharing is made explicit here;
+    but a head that the merge writes, since a source has its own, is loaded as it is written.
     """
     tied, direct = model.all_tied_weights_keys, assemblies.direct
     composed = {name for assembly in assemblies.composed for name in assembly.parameters}
@@ -145,7 +151,7 @@ def _output_names(
     for name, value in model.state_dict().items():
         if name in composed or not value.is_floating_point():  # integers are copied, not merged
             continue
-        source = direct.get(tied.get(name, name)) or direct.get(name)
+        source = direct.get(name) or direct.get(tied.get(name, name))
         if source is None:
             raise DamError(_unwritten(name, architecture))
         names[name] = source
