@@ -191,12 +191,18 @@ def require_one_config(merge: MergeConfiguration, options: MergeOptions) -> None
         return
     first, *others = sorted(merge.referenced_models(), key=str)
     config = first.config(options.trust_remote_code)
+    is_aligned = merge.tokenizer or merge.tokenizer_source
     for other in others:
-        differences = config_differences(config, other.config(options.trust_remote_code))
+        found = other.config(options.trust_remote_code)
         # The number of layers is the slices' to say.
         keys = [
-            key for key in differences if not key.endswith(("num_hidden_layers", "layer_types"))
+            key
+            for key in config_differences(config, found)
+            if not key.endswith(("num_hidden_layers", "layer_types"))
         ]
+        sizes = (c.get_text_config().vocab_size for c in (config, found))
+        if not is_aligned and len(set(sizes)) > 1:  # embeddings are to be cut
+            keys.append("vocab_size")
         if keys:
             raise DamError(
                 f"The configs of {first} and {other} differ in {', '.join(keys[:3])}, and mergekit "

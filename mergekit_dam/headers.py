@@ -45,9 +45,10 @@ class HeaderShapes:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where the merge changes it (aligned vocabularies, converted layouts)."""
-        if self._is_aligned(name):
-            return None
         shapes = {tuple(entry["shape"]) for entry in self._entries(name).values()}
+        if self._is_aligned(name):
+            is_cut = shapes and self._plan.vocabulary is None  # to the smallest vocabulary
+            return tuple(map(min, zip(*shapes, strict=True))) if is_cut else None
         return shapes.pop() if len(shapes) == 1 else None
 
     def dtypes(self) -> set[torch.dtype]:

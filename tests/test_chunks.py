@@ -12,7 +12,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.fit import chunks
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.objective import COMPARISONS, Distillation
+from mergekit_dam.fit.objective import LOSSES, Distillation
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block
 from mergekit_dam.model.split import Split
@@ -55,7 +55,7 @@ def whole(merged, inputs) -> torch.Tensor:
         mask = (positions >= inputs["starts"][:, None]) & (positions < lengths[:, None] - 1)
         mask &= (sources == source)[:, None]
         teacher = merged.teach(source, ids)[mask]
-        for name, compare in COMPARISONS.items():
+        for name, compare in LOSSES.items():
             term = compare(logits[mask], teacher, OBJECTIVE.temperature)
             loss = loss + getattr(OBJECTIVE, name) * term
     return loss

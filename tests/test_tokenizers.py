@@ -140,6 +140,19 @@ def test_different_vocabularies_need_a_setting(recipe, models):
     assert "tokenizer: {source: union}" in message
 
 
+@pytest.mark.parametrize("has_base", [True, False])
+def test_embeddings_are_cut_where_the_config_says_so_alone(recipe, models, has_base):
+    """mergekit cuts them, and leaves the config as it is."""
+    base = {"base_model": str(models[0])} if has_base else {}
+    path = recipe(models[:2], **base)
+    message = refusal("mergekit-dam", "check", path, "--unsafe-truncate-embeddings")
+    few, many = len(FEWER) + len(tiny.SPECIAL), tiny.VOCABULARY
+    told = (
+        f"has shape [{few}, 16] in the sources, but config.json of the merge makes it [{many}, 16]"
+    )
+    assert (told if has_base else "differ in vocab_size, and mergekit would take either") in message
+
+
 def tokens(**embeddings: dict) -> dict:
     return {"tokenizer": {"source": "union", "tokens": embeddings}}
 

@@ -72,8 +72,8 @@ def _is_switch(value: Any) -> bool:
     return True
 
 
-def filter_problems(merge: MergeConfiguration, names: Collection[str]) -> Iterator[str]:
-    """Filters of values, by which no tensor gets one."""
+def filters_without_a_tensor(merge: MergeConfiguration, names: Collection[str]) -> Iterator[str]:
+    """They may be meant for other models, or misspelt."""
     for part in _parameters(merge):
         for name, setting in (part or {}).items():
             for item in setting if isinstance(setting, list) else ():

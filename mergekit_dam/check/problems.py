@@ -2,9 +2,10 @@
 
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
@@ -13,7 +14,7 @@ from mergekit_dam.check.estimate import Estimate, estimate, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.fitted import file_problems
 from mergekit_dam.check.parameters import (
-    filter_problems,
+    filters_without_a_tensor,
     number_problems,
     parameter_problems,
     range_problems,
@@ -32,6 +33,7 @@ from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.headers import HeaderShapes, require_files
+from mergekit_dam.model import Skeleton
 from mergekit_dam.nearest import did_you_mean
 from mergekit_dam.opening import require_model
 from mergekit_dam.plan import Plan, plan_merge, source_models
@@ -56,17 +58,63 @@ def check(
     `in_full` the rows are read and tokenised, too, which a fit does itself before it loads weights,
     and what a fit will need is returned.
     """
-    problems, settings = list(recipe.problems), recipe.settings
-    problems += path_problems(recipe, coefficients, will_fit=will_fit)
-    of_fit = list(_collect(fit_problems(recipe, device))) if will_fit else []
-    problems += of_fit
+    problems = list(_config_problems(recipe, options, coefficients, device, will_fit=will_fit))
+    plan, shapes = _planned(recipe, options, problems)
+    problems += _plan_problems(recipe, options, plan, shapes, will_fit=will_fit)
+    _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
+    if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
+        found = _collect(file_problems(coefficients, recipe.settings, recipe.merge, plan, shapes))
+        if will_fit:  # which replaces the file, and keeps it under another name
+            _warn_of(found)
+        else:
+            problems += found
+    previews, data = [], []
+    if in_full and recipe.settings is not None:
+        previews = list(_previews(recipe.settings, plan, coefficients or "", problems, data))
+    result = None
+    if will_fit and not problems:
+        try:
+            skeleton = merged_skeleton(plan, shapes)
+            problems += misfits(recipe.settings, shapes, skeleton)
+            _warn_of(map(_untied, skeleton.untied()))
+            if in_full:
+                found = _estimate(recipe.settings, plan, shapes, skeleton, device, data)
+                result = Outlook(found, tuple(previews))
+        except DamError as error:
+            problems.append(error.message)
+    if problems:
+        raise DamError(listed(recipe.path, problems))
+    if will_fit:
+        _warn_of(filter(None, map(benchmark_warning, recipe.settings.data)))
+    return result
+
+
+def _config_problems(
+    recipe: Recipe,
+    options: MergeOptions,
+    coefficients: str | None,
+    device: str,
+    *,
+    will_fit: bool,
+) -> Iterator[str]:
+    """What is wrong without a plan. Raises DamError with all of it where none can be made."""
+    found = [*recipe.problems, *path_problems(recipe, coefficients, will_fit=will_fit)]
+    if will_fit:
+        found += _collect(fit_problems(recipe, device))
     no_numbers = list(number_problems(recipe.merge))
-    problems += no_numbers
     of_models = [*range_problems(recipe.merge), *model_problems(recipe, options)]
     of_models = of_models or list(token_problems(recipe.merge, options))
-    problems += of_models
+    found += [*no_numbers, *of_models]
     if of_models or no_numbers:
-        raise DamError(listed(recipe.path, problems))  # nothing can be planned
+        raise DamError(listed(recipe.path, found))
+    yield from found
+
+
+def _planned(
+    recipe: Recipe, options: MergeOptions, problems: Sequence[str]
+) -> tuple[Plan, HeaderShapes]:
+    """Raises DamError, with the problems known, where there is no plan, or no whole source."""
+    settings = recipe.settings
     try:
         plan = plan_merge(
             recipe.merge,
@@ -74,50 +122,44 @@ def check(
             settings.formula if settings else "weights",
             use_base=settings.use_base if settings else None,
         )
+        return plan, HeaderShapes(plan)
     except DamError as error:
         raise DamError(listed(recipe.path, [*problems, error.message])) from error
-    try:
-        shapes = HeaderShapes(plan)
-    except DamError as error:
-        raise DamError(listed(recipe.path, [*problems, error.message])) from error
-    problems += list(_collect(shapes.problems())) or _collect(_config_problems(recipe, options))
-    problems += filter_problems(recipe.merge, shapes.names())
-    if will_fit and settings is not None:
-        problems += _collect(_start_problems(settings, plan))
-    if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
-        found = _collect(file_problems(coefficients, settings, recipe.merge, plan, shapes))
-        if will_fit:  # which replaces the file, and keeps it under another name
-            for problem in found:
-                LOG.warning("%s.", problem)
-        else:
-            problems += found
-    data, previews = [], []
-    if in_full and settings is not None:
-        previews = list(_previews(settings, plan, coefficients or "", problems, data))
-    result = None
-    if will_fit and not problems:
-        try:
-            skeleton = merged_skeleton(plan, shapes)
-            problems += misfits(settings, shapes, skeleton)
-            for name in skeleton.untied():
-                LOG.warning(
-                    "config.json of the merge ties %s to another tensor, but a source has its own, "
-                    "so the merge has: transformers loads what is there, other programs may not; "
-                    "give a `base_model` that ties none.",
-                    name,
-                )
-            if in_full:
-                chosen = choose_device(device)
-                choose_threads(plan.model_config, chosen, options.num_threads)
-                found = estimate(plan, settings, shapes, skeleton, chosen, data)
-                result = Outlook(found, tuple(previews))
-        except DamError as error:
-            problems.append(error.message)
-    if problems:
-        raise DamError(listed(recipe.path, problems))
-    if will_fit:
-        warn_of_benchmarks(settings)
-    return result
+
+
+def _plan_problems(
+    recipe: Recipe, options: MergeOptions, plan: Plan, shapes: HeaderShapes, *, will_fit: bool
+) -> Iterator[str]:
+    of_shapes = list(_collect(shapes.problems()))
+    yield from of_shapes or _refusal(require_one_config, recipe.merge, options)
+    if will_fit and recipe.settings is not None:
+        yield from _collect(_start_problems(recipe.settings, plan))
+
+
+def _estimate(
+    settings: Settings,
+    plan: Plan,
+    shapes: HeaderShapes,
+    skeleton: Skeleton,
+    device: str,
+    data: Sequence[SourceData],
+) -> Estimate:
+    chosen = choose_device(device)
+    choose_threads(plan.model_config, chosen, plan.options.num_threads)
+    return estimate(plan, settings, shapes, skeleton, chosen, data)
+
+
+def _untied(name: str) -> str:
+    return (
+        f"config.json of the merge ties {name} to another tensor, but a source has its own, so the "
+        "merge has: transformers loads what is there, other programs may not; give a `base_model` "
+        "that ties none"
+    )
+
+
+def _warn_of(problems: Iterable[str]) -> None:
+    for problem in problems:
+        LOG.warning("%s.", problem.rstrip("."))
 
 
 @dataclass(frozen=True)
@@ -129,11 +171,6 @@ class Outlook:
 
     def __str__(self) -> str:
         return "\n\n".join([str(self.estimate), *self.previews])
-
-
-def warn_of_benchmarks(settings: Settings) -> None:
-    for warning in filter(None, map(benchmark_warning, settings.data)):
-        LOG.warning(warning)
 
 
 def listed(path: str, problems: list[str]) -> str:
@@ -193,7 +230,7 @@ def _previews(
 
 def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     settings = recipe.settings
-    yield from _collect(_device_problems(device))
+    yield from _refusal(choose_device, device)
     if settings is None:
         if not recipe.problems:
             yield (
@@ -234,14 +271,12 @@ def _start_problems(settings: Settings, plan: Plan) -> Iterator[str]:
     prepare_as(plan, settings)
 
 
-def _config_problems(recipe: Recipe, options: MergeOptions) -> Iterator[str]:
-    require_one_config(recipe.merge, options)
-    yield from ()
-
-
-def _device_problems(device: str) -> Iterator[str]:
-    choose_device(device)
-    yield from ()
+def _refusal(require: Callable, *arguments: Any) -> Iterator[str]:
+    """What a check has to say that raises."""
+    try:
+        require(*arguments)
+    except DamError as error:
+        yield error.message
 
 
 def _unknown_source(where: str, name: str, models: Iterable[str]) -> str:
