@@ -1,6 +1,7 @@
 """From a recipe to a fit of which everything is loaded and nothing is trained."""
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,15 +63,34 @@ def prepare(
         datasets.disable_progress_bars()
     gc.collect()  # an earlier fit of this process: blocks and their model hold each other
     plan = plan_merge(recipe.merge, options, settings.formula, use_base=settings.use_base)
-    resolved = {"start": choose_start(settings, plan), "use_base": plan.has_base}
-    if resolved["start"] == "least_squares":
-        resolved["calibration"] = settings.calibration_rows
-    settings = settings.model_copy(update=resolved)
+    settings = _resolved(settings, plan)
     require_one_config(recipe.merge, options)
     choose_threads(plan.model_config, device, options.num_threads)
     if data is None:
         data = load_data(recipe, plan, out or recipe.coefficients, device)
+    found = _require_memory(plan, settings, device, data)
+    for sentence in found.place.told:
+        _say(sentence, options)
     preparation = prepare_as(plan, settings)
+    merged = _merged(recipe, plan, settings, preparation, device, found.place)
+    header = _header(recipe, settings, plan, preparation)
+    same = identity(header, data, merged.dtype, plan.base and describe(plan.base))
+    header = header.model_copy(update={"identity": digest(same)})
+    return Fit(settings, plan, merged, data, same, header, found.needs, found.place)
+
+
+def _resolved(settings: Settings, plan: Plan) -> Settings:
+    """With what the defaults come to here, as the file will have it."""
+    resolved = {"start": choose_start(settings, plan), "use_base": plan.has_base}
+    if resolved["start"] == "least_squares":
+        resolved["calibration"] = settings.calibration_rows
+    return settings.model_copy(update=resolved)
+
+
+def _require_memory(
+    plan: Plan, settings: Settings, device: str, data: Sequence[SourceData]
+) -> Forecast:
+    """What the fit will need; raises DamError where that is not there."""
     shapes = HeaderShapes(plan)
     outline = merged_skeleton(plan, shapes)
 
@@ -79,31 +99,38 @@ def prepare(
 
     found = foreseen(settings)
     require_memory(found.place, settings, lambda changed: foreseen(changed).place)
-    for sentence in found.place.told:
-        _say(sentence, options)
+    return found
+
+
+def _merged(
+    recipe: Recipe,
+    plan: Plan,
+    settings: Settings,
+    preparation: Preparation | None,
+    device: str,
+    place: Place,
+) -> MergedModel:
+    """The merged model at its start, with everything loaded."""
     weights = SourceWeights(
         plan,
         needs_base=settings.formula == "task_vectors",
         preparation=preparation,
         device=device,
-        offload=found.place.offload,
+        offload=place.offload,
     )
     dtype = choose_dtype(settings, {weights[name].dtype for name in weights.names()}, device)
     skeleton = build_skeleton(
         plan.model_config,
         frozenset(weights.names()),
         dtype=dtype,
-        trust_remote_code=options.trust_remote_code,
+        trust_remote_code=plan.options.trust_remote_code,
     )
     coefficients = start(plan, skeleton, weights, settings)
-    teachers = own_models(recipe, plan, dtype, device, found.place.offload)
+    teachers = own_models(recipe, plan, dtype, device, place.offload)
     trained = trained_tensors(skeleton, settings)
     merged = MergedModel(skeleton, weights, coefficients, trained, dtype, teachers).to(device)
-    merged.recompute = found.place.recompute
-    header = _header(recipe, settings, plan, preparation)
-    same = identity(header, data, dtype, plan.base and describe(plan.base))
-    header = header.model_copy(update={"identity": digest(same)})
-    return Fit(settings, plan, merged, data, same, header, found.needs, found.place)
+    merged.recompute = place.recompute
+    return merged
 
 
 def _say(sentence: str, options: MergeOptions) -> None:
