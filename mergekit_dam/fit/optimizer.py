@@ -120,8 +120,10 @@ def parameter_groups(merged: MergedModel, rate: float | None, basis: Basis) -> l
 
 @torch.no_grad()
 def _group(c: Tensor, stack: Stack, rate: float | None, basis: Basis) -> dict[str, Any]:
-    parts, subtracted = stack.parts
-    if basis == "differences" and subtracted is None and stack.prepared is None and len(parts) > 1:
+    inputs = stack.load()
+    parts, subtracted = inputs.parts
+    is_linear = inputs.base is None and inputs.prepared is None  # in the weights themselves
+    if basis == "differences" and is_linear and len(parts) > 1:
         return {"weight_decay": 0.0, **_turned(c, stack, parts, rate)}
     mean = sum(part.float() for part in parts) / len(parts)
     relative = _size(parts, mean) / max(_size(parts, subtracted), TINY)

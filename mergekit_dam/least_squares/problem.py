@@ -121,9 +121,8 @@ class _Outputs:
         return {name: self._weight(self._inputs(name), c) for name, c in coefficients.items()}
 
     def _weight(self, inputs: Inputs, coefficients: Tensor) -> Tensor:
-        is_prepared = inputs.prepared is not None
-        differences = inputs.prepared if is_prepared else inputs.sources
-        return combine(coefficients, differences, inputs.base, self.dtype, prepared=is_prepared)
+        prepared = inputs.prepared is not None
+        return combine(coefficients, inputs.parts[0], inputs.base, self.dtype, prepared=prepared)
 
     def _reduced(
         self, coefficients: Coefficients, of_weights: Callable[[Weights], Weights]
@@ -150,8 +149,6 @@ class _Outputs:
         }
 
     def _differences(self, name: str) -> list[Tensor]:  # D_i
-        inputs = self._inputs(name)
-        if inputs.prepared is not None:
-            return [difference.to(self.dtype) for difference in inputs.prepared]
-        base = 0 if inputs.base is None else inputs.base.to(self.dtype)
-        return [source.to(self.dtype) - base for source in inputs.sources]
+        parts, subtracted = self._inputs(name).parts
+        base = 0 if subtracted is None else subtracted.to(self.dtype)
+        return [part.to(self.dtype) - base for part in parts]

@@ -26,6 +26,11 @@ class Inputs:
     base: Tensor | None  # of task vectors
     prepared: tuple[Tensor, ...] | None  # the D_i, where they are sparsified
 
+    @property
+    def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What the coefficients scale, and what is to be subtracted from it before."""
+        return (self.sources, self.base) if self.prepared is None else (self.prepared, None)
+
     def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
         return Inputs(
             tuple(map(change, self.sources)),

@@ -31,21 +31,15 @@ class Stack:
         return self.load().sources
 
     @property
-    def prepared(self) -> tuple[Tensor, ...] | None:
-        return self.load().prepared
-
-    @property
     def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What the coefficients scale, and what is to be subtracted from it before."""
-        inputs = self.load()
-        return (inputs.sources, inputs.base) if inputs.prepared is None else (inputs.prepared, None)
+        return self.load().parts
 
     def merge(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
         """The formula for coefficients [n, *B] of the n sources here."""
         inputs = self.load()
         return combine(
             coefficients,
-            inputs.sources if inputs.prepared is None else inputs.prepared,
+            inputs.parts[0],
             inputs.base,
             dtype,
             prepared=inputs.prepared is not None,
