@@ -127,7 +127,9 @@ def _digest(files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file} {os.path.getsize(file)} ".encode())
-        digest.update(Path(file).read_bytes())
+        with open(file, "rb") as opened:
+            while part := opened.read(2**20):
+                digest.update(part)
     return digest.hexdigest()
 
 

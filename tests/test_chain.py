@@ -155,7 +155,7 @@ def test_all_that_a_step_reads_is_part_of_it(chain, tmp_path, what):
         tiny.write_jsonl(rows / "a.jsonl", [{"text": text} for text in tiny.sentences(16, 6)])
         told = entry["path"]
     message = refusal("mergekit-dam", "run", path, out, "--overwrite")
-    assert f"was made of another {tmp_path / told}" in message or f"another {told}" in message
+    assert f"was made of another {tmp_path / told}" in message
 
 
 def test_check_finds_a_step_whose_model_is_incomplete(chain, models, tmp_path):

@@ -262,6 +262,18 @@ def test_killed_when_its_file_was_written_a_fit_leaves_nothing(
     assert not Path(f"{out}.fit").exists()
 
 
+def test_a_finished_fit_leaves_anothers_checkpoints(recipe, models, tmp_path):
+    out = tmp_path / "dam.safetensors"
+    first = read_recipe(str(recipe(models)))
+    fit(first, str(out), QUIET, device="cpu")
+    path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
+    kill_when(
+        [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"], lambda: has_checkpoint(out)
+    )
+    fit(first, str(out), QUIET, device="cpu", resume=True)
+    assert has_checkpoint(out)
+
+
 def test_a_fit_is_another_with_another_file_to_start_from(recipe, models, tmp_path):
     start, out = tmp_path / "start.safetensors", tmp_path / "dam.safetensors"
     fit(read_recipe(str(recipe(models))), str(start), QUIET, device="cpu")
@@ -302,14 +314,19 @@ def test_a_source_that_changes_between_two_fits_of_a_process(recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "dam", [{"steps": 1}, {"steps": 4, "warmup": 0.9, "schedule": "polynomial"}], ids=str
+    "dam",
+    [{"steps": 1}, {"steps": 20}, {"steps": 2, "warmup": 0.9, "schedule": "polynomial"}],
+    ids=str,
 )
 def test_a_short_fit_wastes_no_step_on_its_warmup(recipe, models, tmp_path, dam):
     out = tmp_path / "dam.safetensors"
-    fit(read_recipe(str(recipe(models, dam=dam))), str(out), QUIET, device="cpu")
-    assert not torch.equal(
-        CoefficientFile(out).get("model.norm.weight"), torch.full((3, 16), 1 / 3)
-    )
+    path = recipe(models, dam={**dam, "evaluate_every": 1})
+    results = fit(read_recipe(str(path)), str(out), QUIET, device="cpu").results
+    found = CoefficientFile(out).get("model.norm.weight")
+    assert dam["steps"] > 2 or not torch.equal(found, torch.full((3, 16), 1 / 3))
+    assert results.history[-1].step == dam["steps"]
+    if len(results.held_out) > 1:
+        assert results.held_out[1].kl != results.held_out[0].kl
 
 
 def test_a_fit_that_is_done_holds_no_memory_when_the_next_begins(

@@ -55,6 +55,15 @@ def test_means_over_the_sources_are_compared(monkeypatch):
     assert "its start, which is kept" in told.pop()
 
 
+def test_of_sparsified_task_vectors_equal_parts_are_not_the_average(recipe, models):
+    shared = {"coefficients": "none.safetensors", "density": 0.3}
+    dam = {"formula": "task_vectors", "sparsify": "ties", "start": "average"}
+    path = recipe(models[1:], base_model=str(models[0]), parameters=shared, dam=dam)
+    merged = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cpu").merged
+    average, own = figures_of(1.0), figures_of(2.0)
+    assert at_start(merged, average, lambda: own) is own
+
+
 @pytest.mark.parametrize(
     ("weights", "is_average"),
     [((1, 1), True), ((3, 3), True), ((1, 0), False), ((0.4, 0.6), False)],

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
+from mergekit_dam.check.speed import duration
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
@@ -75,6 +76,14 @@ def test_it_is_what_the_trainer_computes(recipe, models, tmp_path, monkeypatch, 
     work = workload(stepped.lengths, document.settings)
     assert (work.passes, work.tokens) == (len(computed), sum(computed))
     assert sum(work.largest) == max(computed)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(0.061, "0.061 s"), (99.4, "99 s"), (99.7, "1.7 min"), (5995, "1.7 h"), (360_000, "100 h")],
+)
+def test_durations_read_as_people_say_them(seconds, told):
+    assert duration(seconds) == told
 
 
 lengths = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=30), min_size=1, max_size=3)

@@ -31,6 +31,12 @@ def path_problems(recipe: Recipe, coefficients: str | None, *, will_fit: bool) -
         )
     elif will_fit:
         yield from _writing_problems(Path(coefficients))
+        start = (recipe.settings and recipe.settings.start) or ""
+        if os.path.exists(start) and os.path.realpath(start) == os.path.realpath(coefficients):
+            yield (
+                f"`dam.start` is {start}, which the fit writes itself: give "
+                "`parameters.coefficients` another path"
+            )
 
 
 def _writing_problems(path: Path) -> Iterator[str]:

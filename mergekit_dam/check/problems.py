@@ -158,7 +158,7 @@ def _untied(name: str) -> str:
 
 
 def _warn_of(problems: Iterable[str]) -> None:
-    for problem in problems:
+    for problem in dict.fromkeys(problems):
         LOG.warning("%s.", problem.rstrip("."))
 
 

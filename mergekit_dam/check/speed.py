@@ -42,9 +42,10 @@ def measure_speed(
 
 
 def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.2g} s"
-    return f"{seconds / 60:.2g} min" if seconds < 6000 else f"{seconds / 3600:.2g} h"
+    for unit, length in (("s", 1), ("min", 60), ("h", 3600)):
+        if seconds / length < 99.5:
+            return f"{seconds / length:.2g} {unit}"
+    return f"{seconds / 3600:.0f} h"
 
 
 def _seconds(operation: Callable[[], Tensor]) -> float:

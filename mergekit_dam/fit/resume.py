@@ -99,6 +99,14 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
     return last
 
 
+def belongs(folder: Path, same: dict[str, Any]) -> bool:
+    """Whether the checkpoints in a folder are those of the fit with this identity."""
+    try:
+        return _read(folder / RECORD) == same
+    except DamError:
+        return False
+
+
 def foreign_problem(folder: Path) -> str:
     """Why the fit cannot keep its checkpoints in a folder; nothing where it can."""
     if last_checkpoint(folder) is not None or not _is_foreign(folder):

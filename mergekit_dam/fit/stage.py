@@ -2,7 +2,7 @@
 
 import functools
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import (
     BEST,
+    belongs,
     digest,
     discard,
     discard_empty,
@@ -58,7 +59,8 @@ def fit(
     require_place(folder, resume=resume)
     prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
-        _discard_all(folder)  # of a fit that was killed when it had written its file
+        if belongs(folder, prepared.identity):  # it was killed when it had written its file
+            _discard_all(folder)
         return files.open_file(out).header
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
     try:
@@ -124,7 +126,7 @@ def _train(
     quiet: bool,
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
-    known = [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
+    known = _known_tokens(prepared)
     room = {"tokens": prepared.needs.tokens, "at_head": prepared.needs.widest}
     figures_on = functools.partial(evaluate, merged, **room, known_tokens=known)
     figures = functools.partial(figures_on, [source.held_out for source in prepared.data])
@@ -132,15 +134,32 @@ def _train(
         before = figures()
     if settings.start == "least_squares" and checkpoint is None:
         calibrate(merged, prepared.data, settings, folder, figures_on, resume=resume, quiet=quiet)
-    if not settings.max_steps:
+    if settings.max_steps:
+        results = _step(prepared, folder, checkpoint, interrupt, before, figures, quiet=quiet)
+    else:
         _require_finite(merged, folder)
-        return _with_results(prepared, average=before, fit=figures())
+        results = files.Results(average=before, fit=figures())
+    return prepared.header.model_copy(update={"results": results})
+
+
+def _step(
+    prepared: Fit,
+    folder: Path,
+    checkpoint: str | None,
+    interrupt: Interrupt,
+    average: Sequence[files.Figures],
+    figures: Callable[[], Sequence[files.Figures]],
+    *,
+    quiet: bool,
+) -> files.Results:
+    """All steps, from a start or on from a checkpoint."""
+    settings, merged = prepared.settings, prepared.merged
     _require_trained(merged)
     beginning = kept_figures(folder) if checkpoint else None
     if beginning is None:
-        beginning = at_start(merged, before, figures)
+        beginning = at_start(merged, average, figures)
         keep_figures(folder, beginning)
-    trainer = _trainer(prepared, folder, known, quiet=quiet)
+    trainer = _trainer(prepared, folder, quiet=quiet)
     trainer.add_callback(interrupt)
     watch = Watch(trainer, settings, figures, Best(merged, folder / BEST, resume=bool(checkpoint)))
     watch.train(beginning, checkpoint)
@@ -148,17 +167,12 @@ def _train(
     after = watch.end()
     if is_main():
         warn_if_worse(beginning, after)
-    return _with_results(
-        prepared,
-        average=before,
+    return files.Results(
+        average=average,
         fit=after,
         history=history(trainer),
         held_out=(files.HeldOut(step=0, kl=[f.kl for f in beginning]), *watched(trainer)),
     )
-
-
-def _with_results(prepared: Fit, **results) -> files.Header:
-    return prepared.header.model_copy(update={"results": files.Results(**results)})
 
 
 def _require_trained(merged: MergedModel) -> None:
@@ -169,13 +183,15 @@ def _require_trained(merged: MergedModel) -> None:
         )
 
 
-def _trainer(
-    prepared: Fit, folder: Path, known: Sequence[Tensor | None], *, quiet: bool
-) -> CoefficientTrainer:
+def _known_tokens(prepared: Fit) -> list[Tensor | None]:
+    return [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
+
+
+def _trainer(prepared: Fit, folder: Path, *, quiet: bool) -> CoefficientTrainer:
     settings, rows = prepared.settings, StepRows(prepared.data)
     kept = _teachers(prepared, folder)
     trainer = build_trainer(
-        Distillation(prepared.merged, settings.objective, known, kept),
+        Distillation(prepared.merged, settings.objective, _known_tokens(prepared), kept),
         rows,
         settings,
         folder,
@@ -204,8 +220,9 @@ def _states_of(folder: Path) -> Path:
 
 def _teaching(prepared: Fit) -> str:
     """What the sources' states depend on, besides the rows."""
-    own = {k: v for k, v in prepared.identity.items() if not k.startswith("dam.")}
-    return digest({**own, "dtype": str(prepared.merged.dtype)})
+    others = ("contents of the start", "processes")
+    same = prepared.identity.items()
+    return digest({k: v for k, v in same if not k.startswith("dam.") and k not in others})
 
 
 def _require_finite(merged: MergedModel, folder: Path) -> None:

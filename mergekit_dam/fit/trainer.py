@@ -53,9 +53,10 @@ class CoefficientTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """A warm-up of a part of a step is none: it would waste that step."""
+        """A warm-up begins at 0, so that one of a single step would waste it."""
         if self.args.warmup_steps < 1:
-            self.args.warmup_steps = int(self.args.warmup_steps * num_training_steps)
+            steps = int(self.args.warmup_steps * num_training_steps)
+            self.args.warmup_steps = steps if steps > 1 else 0
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _get_train_sampler(self, train_dataset=None):

@@ -198,8 +198,8 @@ class MergedModel(nn.Module):
         return self._seen_as("average")
 
     def is_average(self) -> bool:
-        """Whether its coefficients make it so."""
-        return all(
+        """Whether its coefficients make it so; of sparsified task vectors none do."""
+        return not self._weights.is_prepared and all(
             torch.equal(c, _average(c, self._weights[name]))
             for name, c in self.coefficients().items()
         )

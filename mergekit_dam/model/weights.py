@@ -65,6 +65,7 @@ class SourceWeights:
     ):
         self._plan, self._needs_base, self._preparation = plan, needs_base, preparation
         self._store = STORES[offload](torch.device(device), self._read)
+        self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
         self.buffers: dict[str, Tensor] = {}  # integer tensors, which are copied, not merged
