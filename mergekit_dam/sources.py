@@ -1,6 +1,7 @@
 """Which model on disk a mergekit model reference is, and which of a file's sources it is."""
 
 import functools
+import hashlib
 import os
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -103,6 +104,22 @@ def signature(paths: Sequence[str]) -> tuple:
             stat = os.stat(file)
             entries.append((os.fspath(file), stat.st_mtime_ns, stat.st_size))
     return tuple(entries)
+
+
+def contents(files: Sequence[str]) -> str:
+    """A digest of all that files hold, read again when one of them changes."""
+    return _contents(tuple(files), signature(files))
+
+
+@functools.lru_cache(maxsize=256)
+def _contents(files: tuple[str, ...], _changes_with: tuple) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} {os.path.getsize(file)} ".encode())
+        with open(file, "rb") as opened:
+            while part := opened.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 @functools.lru_cache(maxsize=256)

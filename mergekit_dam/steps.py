@@ -1,10 +1,9 @@
 """The steps of a chain of merges: what each was made of, what it waits for, its mistakes."""
 
 import filecmp
-import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -24,7 +23,7 @@ from mergekit_dam.data import files_of
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub import DEFAULT_NAME
 from mergekit_dam.output import INPUTS_RECORD, MERGE_RECORD, is_merged
-from mergekit_dam.sources import describe
+from mergekit_dam.sources import contents, describe
 
 
 def check_chain(
@@ -119,18 +118,8 @@ def made_of(step: Step) -> dict[str, str]:
         named = (*(entry.path for entry in settings.data), settings.start)
         for path in filter(None, named):
             if files := files_of(path):
-                result[path] = _digest(files)
+                result[path] = contents(files)
     return result
-
-
-def _digest(files: Sequence[str]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file} {os.path.getsize(file)} ".encode())
-        with open(file, "rb") as opened:
-            while part := opened.read(2**20):
-                digest.update(part)
-    return digest.hexdigest()
 
 
 def _is_there(model: ModelReference) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
+from mergekit_dam.check.parameters import is_idle
 from mergekit_dam.check.speed import duration, measure_speed
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.data import SourceData
@@ -117,7 +118,7 @@ def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Ite
             )
             break
     for rule in settings.granularity if not isinstance(settings.granularity, str) else ():
-        if rule.filter not in (None, "*") and not any(rule.filter in n for n in shapes.names()):
+        if is_idle(rule.filter, shapes.names()):
             yield f"`dam.granularity`: no tensor's name has {rule.filter!r} in it"
     if settings.max_steps and not any(
         getattr(settings.train, role.kind) for role in skeleton.roles.values()

@@ -2,7 +2,7 @@
 
 import math
 import reprlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import pydantic
@@ -78,8 +78,13 @@ def filters_without_a_tensor(merge: MergeConfiguration, names: Collection[str]) 
         for name, setting in (part or {}).items():
             for item in setting if isinstance(setting, list) else ():
                 wanted = item.filter if isinstance(item, ConditionalParameter) else None
-                if wanted not in (None, "*") and not any(wanted in tensor for tensor in names):
+                if is_idle(wanted, names):
                     yield f"`{name}` has the filter {wanted!r}, which no tensor's name has in it"
+
+
+def is_idle(wanted: str | None, names: Iterable[str]) -> bool:
+    """Whether a filter, as mergekit matches it, has none of the names."""
+    return wanted not in (None, "*") and not any(wanted in name for name in names)
 
 
 def _values(setting: Any) -> Iterator[Any]:

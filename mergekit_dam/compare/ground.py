@@ -71,9 +71,7 @@ class Ground:
         self.plan, self.device = plan, device
         self._recipe, options = recipe, plan.options
         weights = SourceWeights(plan, needs_base=False)
-        self._dtype = choose_dtype(
-            recipe.settings, {weights[name].dtype for name in weights.names()}, device
-        )
+        self._dtype = choose_dtype(recipe.settings, weights.dtypes(), device)
         skeleton = build_skeleton(
             plan.model_config,
             frozenset(weights.names()),

@@ -1,5 +1,6 @@
 """From a recipe to a fit of which everything is loaded and nothing is trained."""
 
+import functools
 import gc
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import datasets
 import torch
 from mergekit.common import ModelReference
 from mergekit.options import MergeOptions
+from torch import Tensor
 
 import mergekit_dam
 from mergekit_dam import coefficients as files
@@ -43,6 +45,11 @@ class Fit:
     header: files.Header  # without results
     needs: Needs  # of a step
     place: Place
+
+    @functools.cached_property
+    def known_tokens(self) -> list[Tensor | None]:
+        """Of each source that teaches, see `Plan.known_tokens`."""
+        return [self.plan.known_tokens(source) for source in self.plan.teachers]
 
 
 def prepare(
@@ -118,7 +125,7 @@ def _merged(
         device=device,
         offload=place.offload,
     )
-    dtype = choose_dtype(settings, {weights[name].dtype for name in weights.names()}, device)
+    dtype = choose_dtype(settings, weights.dtypes(), device)
     skeleton = build_skeleton(
         plan.model_config,
         frozenset(weights.names()),

@@ -21,9 +21,9 @@ from mergekit_dam.config.settings import STARTS
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import processes
-from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.trainer import last_checkpoint
 from mergekit_dam.places import PARTIAL, whole
+from mergekit_dam.sources import contents
 
 HOW = ("report_to", "recompute", "offload")  # settings that change no result
 PROGRESS = "start.safetensors"  # coefficients of the blocks that the start has solved
@@ -49,16 +49,12 @@ def identity(
         "contents of the base": header.base and header.base.model_dump(),
         "rows of the data": [rows.digest() for rows in data],
         "config of the base": base and base.config,
-        "contents of the start": None if start in STARTS else _contents(start),
+        "contents of the start": None if start in STARTS else contents([start]),
         "processes": processes.count(),
         "compute dtype": str(dtype),
         "versions": [header.package, *map(version, ("mergekit", "torch", "transformers"))],
     }
     return json.loads(json.dumps(same))  # as it will be read again
-
-
-def _contents(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def digest(same: dict[str, Any]) -> str:
@@ -84,7 +80,7 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
     """
     record, last = folder / RECORD, last_checkpoint(folder)
     if last is None and not (resume and (folder / PROGRESS).exists()):
-        if is_main():
+        if processes.is_main():
             for path in _kept_files(folder):
                 path.unlink(missing_ok=True)
             _write(record, same)
@@ -133,7 +129,7 @@ def discard_empty(folder: Path) -> None:
 
 def discard(folder: Path) -> None:
     """Remove the checkpoints of a fit, and nothing else that may lie beside them."""
-    if not is_main() or not (folder / RECORD).exists():
+    if not processes.is_main() or not (folder / RECORD).exists():
         return
     for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint, ignore_errors=True)
@@ -159,7 +155,7 @@ def keep(path: Path, coefficients: Mapping[str, Tensor], **metadata: str) -> Non
 
 def keep_figures(folder: Path, figures: Sequence[Figures]) -> None:
     """Those with which a fit begins, for when it goes on."""
-    if is_main():
+    if processes.is_main():
         with whole(folder / BEGINNING) as partial:
             partial.write_bytes(FIGURES.dump_json(tuple(figures)))
 

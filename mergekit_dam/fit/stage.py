@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from mergekit.options import MergeOptions
-from torch import Tensor
 
 from mergekit_dam import coefficients as files
 from mergekit_dam.config import Recipe
@@ -126,9 +125,8 @@ def _train(
     quiet: bool,
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
-    known = _known_tokens(prepared)
     room = {"tokens": prepared.needs.tokens, "at_head": prepared.needs.widest}
-    figures_on = functools.partial(evaluate, merged, **room, known_tokens=known)
+    figures_on = functools.partial(evaluate, merged, **room, known_tokens=prepared.known_tokens)
     figures = functools.partial(figures_on, [source.held_out for source in prepared.data])
     with merged.as_average():
         before = figures()
@@ -183,15 +181,11 @@ def _require_trained(merged: MergedModel) -> None:
         )
 
 
-def _known_tokens(prepared: Fit) -> list[Tensor | None]:
-    return [prepared.plan.known_tokens(source) for source in prepared.plan.teachers]
-
-
 def _trainer(prepared: Fit, folder: Path, *, quiet: bool) -> CoefficientTrainer:
     settings, rows = prepared.settings, StepRows(prepared.data)
     kept = _teachers(prepared, folder)
     trainer = build_trainer(
-        Distillation(prepared.merged, settings.objective, _known_tokens(prepared), kept),
+        Distillation(prepared.merged, settings.objective, prepared.known_tokens, kept),
         rows,
         settings,
         folder,

@@ -127,6 +127,10 @@ class SourceWeights:
     def __contains__(self, name: str) -> bool:
         return name in self._stacks
 
+    def dtypes(self) -> set[torch.dtype]:
+        """Of the merged tensors."""
+        return {stack.dtype for stack in self._stacks.values()}
+
     def names(self) -> Iterable[str]:
         """The output tensors that have coefficients, in mergekit's order of planning."""
         return self._stacks.keys()
