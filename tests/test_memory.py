@@ -267,7 +267,8 @@ def settings_of(changed: Settings, before: Settings) -> str:
             "set `dam.recompute: block` and `dam.offload: disk`.",
         ),
         ({"batch_size": 8}, "batch_size 2", "set `dam.batch_size: 2`."),
-        ({}, "max_length 256", "set `dam.max_length: 256`."),
+        ({}, "batch_size 1", "set `dam.batch_size: 1`."),
+        ({"batch_size": 1}, "max_length 256", "set `dam.max_length: 256`."),
         (
             {"batch_size": 4},
             "max_length 256, batch_size 1",

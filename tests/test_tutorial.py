@@ -114,6 +114,6 @@ def test_migration_names_keys_and_defaults_that_exist():
         f"{paper['learning_rate']} with the preset |",
         f"`{paper['schedule']}` with the preset",
         "| `--per_device_train_batch_size` | 1 | `batch_size` | "
-        f"{Settings.model_fields['batch_size'].default}, with the preset too |",
+        f"{Settings.model_fields['batch_size'].default}; {paper['batch_size']} with the preset |",
     ):
         assert line in text, line

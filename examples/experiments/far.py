@@ -1,15 +1,18 @@
-"""(a) The quickstart's skills: four specialists far from their base and from each other."""
+"""(a) The quickstart's skills and models: four specialists far from their base and each other."""
 
 from pathlib import Path
 
 import making
+from making import quickstart
 
-WIDER = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 3}  # for addition
+TRAINING = {"steps": quickstart.SKILL_STEPS, "rate": quickstart.RATE}
 
 
 def make(folder: Path, seed: int) -> Path:
-    sources = making.specialists(["add", "reverse", "sort", "max"])
-    return making.make(folder, seed, sources, changes=WIDER, batch=64)
+    sources = making.specialists(list(quickstart.SKILLS), **TRAINING)
+    return making.make(
+        folder, seed, sources, changes={}, base_steps=quickstart.BASE_STEPS, batch=quickstart.BATCH
+    )
 
 
 if __name__ == "__main__":

@@ -116,7 +116,6 @@ def make(
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    quickstart.BATCH = batch
     rng = random.Random(seed)
     rows = {s.name: quickstart.distinct_rows(s.draw, rng, ROWS) for s in sources}
     for name, own in rows.items():
@@ -128,7 +127,7 @@ def make(
 
     def batches(draw: Draw):
         """No row that the merge is calibrated with or measured on is trained on."""
-        return quickstart.batches(draw, rng, known, tokenizer)
+        return quickstart.batches(draw, rng, known, tokenizer, batch)
 
     model = quickstart.make_model(tokenizer, **changes)
     draw_base = base or mixture([source.draw for source in sources])

@@ -171,12 +171,16 @@ def save(
 
 
 def batches(
-    draw: Draw, rng: random.Random, unseen: set[str], tokenizer: PreTrainedTokenizerFast
+    draw: Draw,
+    rng: random.Random,
+    unseen: set[str],
+    tokenizer: PreTrainedTokenizerFast,
+    size: int = BATCH,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches of freshly drawn rows, none of which is a test row."""
     while True:
         texts: list[str] = []
-        while len(texts) < BATCH:
+        while len(texts) < size:
             row = draw(rng)
             if row["prompt"] not in unseen:
                 texts.append(row["prompt"] + row["completion"] + tokenizer.eos_token)

@@ -24,6 +24,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "use_base": False,
         "basis": "coefficients",
         "epochs": 1,
+        "batch_size": 1,
         "examples": 1729,
         "max_length": 2048,
         "learning_rate": 1e-3,
@@ -142,10 +143,10 @@ class Settings(Block):
         None, gt=0, description="passes over the longest source's data, instead of `steps`"
     )
     batch_size: int = Field(
-        1,
+        2,
         ge=1,
-        description="rows of each source in a step, on each device; many steps of few rows come "
-        "further than few steps of many",
+        description="rows of each source in a step, on each device; at equal tokens many steps of "
+        "few rows come further than few steps of many",
     )
     accumulation: int = Field(1, ge=1, description="batches added up for one step")
     learning_rate: float | None = Field(
