@@ -165,6 +165,21 @@ def test_a_filter_without_a_tensor(recipe, models, tmp_path) -> None:
     assert "'mlp'" not in told
 
 
+def test_settings_without_an_effect(recipe, models) -> None:
+    objective = {"kl": 0, "mse": 1, "temperature": 2}
+    vectors = {"formula": "task_vectors", "basis": "coefficients", "objective": objective}
+    dam = {**vectors, "start": "average", "calibration": 8}
+    told = run("mergekit-dam", "check", recipe(models[:2], base_model=str(models[2]), dam=dam))
+    for sentence in (
+        "`dam.basis` has no effect on `formula: task_vectors`.",
+        "`dam.calibration` has no effect on `start: average`.",
+        "`dam.objective.temperature` has no effect without one of `kl`, `reverse_kl`",
+    ):
+        assert told.stderr.count(f"Warning: {sentence}") == 1
+    paper = {"preset": "paper", "steps": None, "objective": {"kl": 1}}
+    assert "no effect" not in run("mergekit-dam", "check", recipe(models[:2], dam=paper)).stderr
+
+
 def test_an_error_stands_on_a_line_of_its_own(recipe, models, tmp_path) -> None:
     path = recipe(models[:2], dam={"learning_rate": 1e30, "max_grad_norm": 0, "steps": 8})
     told = run("mergekit-dam", "fit", path, succeeds=False).stderr

@@ -1,4 +1,4 @@
-"""mergekit's own parameters: which have no effect, and which are no numbers or ranges."""
+"""Parameters and settings: which have no effect, and which are no numbers or ranges."""
 
 import math
 import reprlib
@@ -10,9 +10,11 @@ from mergekit import merge_methods
 from mergekit.config import ConditionalParameter, MergeConfiguration
 
 from mergekit_dam.config import Settings, parts_of
+from mergekit_dam.config.settings import PRESETS
 
 SPARSIFYING = {"density", "gamma", "epsilon", "rescale", "int8_mask"}
 SWITCHES = ("normalize", "rescale", "int8_mask")
+WITH_TEMPERATURE = ("kl", "reverse_kl", "jsd", "entropy")  # of the terms of the objective
 NUMBERS = ("weight", "density", "gamma", "epsilon", "lambda")
 
 
@@ -29,6 +31,20 @@ def parameter_problems(merge: MergeConfiguration, settings: Settings) -> Iterato
         )
     if settings.formula == "weights" and "lambda" in given:
         yield "`lambda` has no effect on `dam.formula: weights`: remove it, or use task_vectors"
+
+
+def idle_settings(settings: Settings, start: str) -> Iterator[str]:
+    """What a `dam:` block sets for nothing, of a fit that begins at `start`."""
+    preset = PRESETS.get(settings.preset or "", {})
+    given = settings.model_fields_set - preset.keys()
+    terms = settings.objective.model_fields_set - preset.get("objective", {}).keys()
+    if "basis" in given and settings.formula == "task_vectors":
+        yield "`dam.basis` has no effect on `formula: task_vectors`"
+    if "calibration" in given and start != "least_squares":
+        yield f"`dam.calibration` has no effect on `start: {start}`"
+    if "temperature" in terms and not any(getattr(settings.objective, n) for n in WITH_TEMPERATURE):
+        terms = ", ".join(f"`{name}`" for name in WITH_TEMPERATURE)
+        yield f"`dam.objective.temperature` has no effect without one of {terms}"
 
 
 def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:

@@ -15,6 +15,7 @@ from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.fitted import file_problems
 from mergekit_dam.check.parameters import (
     filters_without_a_tensor,
+    idle_settings,
     number_problems,
     parameter_problems,
     range_problems,
@@ -30,7 +31,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.forecast import merged_skeleton
 from mergekit_dam.fit.rows import generation, load_source_data
-from mergekit_dam.fit.start import prepare_as, start_problems, starting_weights
+from mergekit_dam.fit.start import choose_start, prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.headers import HeaderShapes, require_files
 from mergekit_dam.model import Skeleton
@@ -62,6 +63,8 @@ def check(
     plan, shapes = _planned(recipe, options, problems)
     problems += _plan_problems(recipe, options, plan, shapes, will_fit=will_fit)
     _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
+    if will_fit and recipe.settings is not None:
+        _warn_of(idle_settings(recipe.settings, choose_start(recipe.settings, plan)))
     if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
         found = _collect(file_problems(coefficients, recipe.settings, recipe.merge, plan, shapes))
         if will_fit:  # which replaces the file, and keeps it under another name
