@@ -22,7 +22,7 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 from mergekit_dam.fingerprint import is_whole, read_header, weight_files
 from mergekit_dam.sources import adapter_path, describe, local_paths
 
@@ -212,5 +212,5 @@ def _shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 
 
 def _reason(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = in_one_line(error)
     return text if len(text) <= 300 else text[:300] + " …"

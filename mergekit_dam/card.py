@@ -15,6 +15,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_dam import table
 from mergekit_dam.coefficients import Header, Source
+from mergekit_dam.config.data_settings import is_local
 from mergekit_dam.hub import DEFAULT_NAME
 from mergekit_dam.output import MERGE_RECORD
 
@@ -83,13 +84,15 @@ def rebuilding(header: Header, coefficients: str) -> dict[str, Any]:
     merge = dict(header.merge) or _least_merge(header)
     parameters = {**merge.get("parameters", {}), "coefficients": coefficients}
     config = {"merge_method": "dam", **merge, "parameters": parameters}
-    return renamed(config, {source.reference: _pinned(source) for source in header.sources})
+    models = [*header.sources, *filter(None, [header.base])]
+    return renamed(config, {model.reference: _pinned(model) for model in models})
 
 
 def _least_merge(header: Header) -> dict[str, Any]:
     """For a file that does not record the merge: its sources."""
     models = {"models": [{"model": source.reference} for source in header.teachers]}
     bases = [source.reference for source in header.sources if not source.teaches]
+    bases += [header.base.reference] if header.base else []
     return {"base_model": bases[0], **models} if bases else models
 
 
@@ -188,12 +191,8 @@ def is_hub_name(path: str) -> bool:
 
 def _hub_data(entries: Any) -> list[str]:
     paths = [e.get("path") for e in entries or () if isinstance(e, dict)]
-    kept = (p for p in paths if isinstance(p, str) and is_hub_name(p) and not _is_file(p))
+    kept = (p for p in paths if isinstance(p, str) and is_hub_name(p) and not is_local(p))
     return list(dict.fromkeys(kept))
-
-
-def _is_file(path: str) -> bool:
-    return os.path.splitext(path)[1] in (".json", ".jsonl", ".parquet", ".csv", ".txt")
 
 
 def _link(model: ModelReference) -> str:

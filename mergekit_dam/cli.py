@@ -17,7 +17,8 @@ RESUME = click.option("--resume", is_flag=True, help="Go on with a fit that was 
 INTERMEDIATE = click.option(
     "--intermediate-dir",
     "-I",
-    help="Where a chain of merges keeps its intermediate models [default: OUT.steps].",
+    help="Where a chain of merges keeps its intermediate models [default: OUT.steps; of a check "
+    "CONFIG.steps].",
 )
 OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace OUT where it is not empty.")
 
@@ -185,7 +186,3 @@ for command in (check, fit, run, merge, compare, *file_commands.COMMANDS):
 def _say(options: MergeOptions, text: str) -> None:
     if not options.quiet:
         click.echo(f"\n{text}")
-
-
-if __name__ == "__main__":
-    main()

@@ -114,6 +114,8 @@ class Header(Frozen):
     def _is_complete(self) -> "Header":
         if not self.sources:
             raise ValueError("it names no source")
+        if not self.teachers:
+            raise ValueError("no source teaches")
         if not all(source.teaches for source in self.sources[: len(self.teachers)]):
             raise ValueError("a source without data stands before those that have some")
         results = self.results

@@ -10,7 +10,7 @@ import click
 from mergekit.options import MergeOptions, PrettyPrintHelp, add_merge_options
 from tqdm import tqdm
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 
 INTERRUPTED = (
     "Interrupted. A fit goes on from its last checkpoint with --resume, a comparison when it is "
@@ -54,8 +54,7 @@ def in_one_sentence(function: Callable, verbosity: int, arguments: dict[str, Any
             traceback.print_exc()
         if isinstance(error, click.ClickException | click.exceptions.Exit | click.Abort):
             raise
-        summary = " ".join(str(error).split()) or type(error).__name__
-        raise DamError(f"{summary} ({type(error).__name__}; -v shows where).") from error
+        raise DamError(f"{in_one_line(error)} ({type(error).__name__}; -v shows where).") from error
 
 
 def _close_bars() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mergekit_dam
 from mergekit_dam.coefficients import CoefficientFile, Header
-from mergekit_dam.config import Settings
+from mergekit_dam.config import Settings, tokenizer_of
 from mergekit_dam.config.recipe import parse_document, read_documents
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.start import prepare_as, starting_weights
@@ -83,8 +83,8 @@ def _base(
     if base is None or base in [model["model"] for model in models]:
         return []
     subtracts = header.formula == "task_vectors"
-    rest = {name: [1 - sum(c) if subtracts else 0.0] for name, c in weights.items()}
-    filters = [{"filter": name, "value": value} for name, (value,) in rest.items()]
+    rest = {name: 1 - sum(c) if subtracts else 0.0 for name, c in weights.items()}
+    filters = [{"filter": name, "value": value} for name, value in rest.items()]
     return [{"model": base, "parameters": {"weight": [*filters, {"value": 1.0}]}}]
 
 
@@ -120,6 +120,7 @@ def from_config(path: str, options: MergeOptions) -> tuple[dict[str, Tensor], He
         sources=tuple(describe(source) for source in plan.sources),
         base=describe(plan.base) if settings.formula == "task_vectors" else None,
         preparation=prepare_as(plan, settings),
+        tokenizer=tokenizer_of(recipe.merge),
         merge=recipe.mergekit_part,
         origin=f"a config of {method}",
     )

@@ -13,3 +13,8 @@ class DamError(click.ClickException):
 
 class NotFiniteError(DamError):
     """Something became NaN or infinite, which may be the sources' fault."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What another library says of an error, for a sentence of ours."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -68,9 +68,9 @@ class HeaderShapes:
         self,
         shapes: Mapping[str, Sequence[int]],  # of output tensors for which a header may not tell
         *,
-        base: bool = False,
-        prepared: bool = False,
-        only_made: bool = False,
+        base: bool,
+        prepared: bool,
+        only_made: bool,
     ) -> dict[str, int]:
         """Output tensor -> bytes of all sources' tensors for it, in the dtype that the YAML casts
         them to; with those of the `base` that is subtracted, and of the `prepared` differences.

@@ -5,7 +5,7 @@ import os
 import re
 
 from mergekit_dam.coefficients import CoefficientFile, open_file
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 
 DEFAULT_NAME = "dam.safetensors"
 # A repository's name is two words; a path that begins with a dot, a slash or ~ is none.
@@ -64,5 +64,5 @@ def _fetch(reference: str, repository: str, revision: str | None, name: str) -> 
     except errors.EntryNotFoundError:
         reason = f"{repository} has no file {name}"
     except Exception as error:  # of the network, in whatever library it is met
-        reason = " ".join(str(error).split())
+        reason = in_one_line(error)
     raise refusal(reason) from None

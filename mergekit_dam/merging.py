@@ -14,6 +14,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam import card
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.config import Recipe
+from mergekit_dam.config.settings import STARTS
 from mergekit_dam.errors import DamError
 from mergekit_dam.hub import DEFAULT_NAME, local_file, open_coefficients
 from mergekit_dam.output import INPUTS_RECORD, MERGE_RECORD, appearing, require_free
@@ -29,6 +30,8 @@ def inputs(recipe: Recipe) -> Iterator[str]:
         yield from (part.path for part in (model.model, model.lora) if part is not None)
     if recipe.settings is not None:
         yield from (entry.path for entry in recipe.settings.data if entry.path)
+        if recipe.settings.start not in (None, *STARTS):
+            yield recipe.settings.start
 
 
 def merge(

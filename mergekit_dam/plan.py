@@ -26,7 +26,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from mergekit_dam.adapters import with_lora_cache
 from mergekit_dam.compatible import config_differences, require_compatible
 from mergekit_dam.config import parts_of
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
 from mergekit_dam.opening import load_tokenizer, require_model
@@ -114,7 +114,7 @@ class Plan:
             except StopIteration:
                 return
             except (AssertionError, KeyError, RuntimeError, ValueError) as error:
-                raise DamError(f"mergekit cannot read the sources: {error}") from error
+                raise DamError(f"mergekit cannot read the sources: {in_one_line(error)}") from error
             yield by_task[task], inputs
 
 
@@ -141,7 +141,7 @@ def plan_merge(
     try:
         plan = _plan(merge, options, teachers)
     except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise DamError(f"mergekit cannot plan this merge: {error}") from error
+        raise DamError(f"mergekit cannot plan this merge: {in_one_line(error)}") from error
     hindrance = _hindrance(plan, formula)
     if use_base and hindrance:
         raise DamError(f"`dam.use_base: true`: {hindrance}.")

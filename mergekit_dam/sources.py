@@ -107,7 +107,7 @@ def signature(paths: Sequence[str]) -> tuple:
 
 
 def contents(files: Sequence[str]) -> str:
-    """A digest of all that files hold, read again when one of them changes."""
+    """A digest of files, their paths and all that they hold, read again when one changes."""
     return _contents(tuple(files), signature(files))
 
 

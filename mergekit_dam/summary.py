@@ -134,7 +134,7 @@ def _group(name: str, members: list[TensorStatistics]) -> Group:
 
 
 def histogram(
-    file: CoefficientFile, tensors: list[TensorStatistics], bins: int = BINS
+    file: CoefficientFile, tensors: list[TensorStatistics]
 ) -> tuple[list[float], list[list[float]]]:
     """(edges, one list of shares for each source). Shares add up to 1 over the bins.
 
@@ -147,11 +147,11 @@ def histogram(
     high = min(max(t.high for t in tensors), max(m + 4 * s for m, s in pairs))
     if not low < high:
         low, high = low - 0.05, low + 0.05
-    counts = torch.zeros(len(total.mean), bins, dtype=torch.float64)
+    counts = torch.zeros(len(total.mean), BINS, dtype=torch.float64)
     for name in (t.name for t in tensors):
         for row, values in enumerate(_flat(file.get(name))):
-            counts[row] += torch.histc(values.clamp(low, high), bins, low, high).double()
-    edges = torch.linspace(low, high, bins + 1).tolist()
+            counts[row] += torch.histc(values.clamp(low, high), BINS, low, high).double()
+    edges = torch.linspace(low, high, BINS + 1).tolist()
     return edges, (counts / counts.sum(1, keepdim=True)).tolist()
 
 

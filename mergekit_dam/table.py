@@ -1,7 +1,7 @@
 """The closing table: each source, the plain average and the fit, on held-out rows."""
 
 import html
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from mergekit_dam.coefficients import Figures, Header
 
@@ -64,10 +64,15 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
+def piped(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; all columns but the first are numbers."""
+    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
 def as_markdown(header: Header) -> str:
     """The section that `run` adds to mergekit's model card."""
-    lines = [COLUMNS, tuple(["---"] + ["---:"] * (len(COLUMNS) - 1)), *rows(header)]
-    table = "\n".join(f"| {' | '.join(cell(text) for text in line)} |" for line in lines)
+    table = piped(COLUMNS, rows(header))
     return (
         "## Held-out results\n\n"
         "KL divergence to each source (nats a token) and perplexity, on rows of that source's "

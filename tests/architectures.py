@@ -37,7 +37,7 @@ class Architecture:
     config: str = ""  # the class of its config
     sizes: dict[str, Any] = field(default_factory=dict)  # besides tiny.SIZES
     note: str = ""
-    untrained: tuple[str, ...] = ()  # parts of the names whose coefficients keep the average
+    untrained: tuple[str, ...] = ()  # parts of the names whose coefficients keep their start
     reason: str = ""  # why it is refused: a part of the message
     published: tuple[str, str] | None = None  # where published checkpoints have other names
     extra: Callable[[], dict[str, Tensor]] | None = None  # and tensors of their own
@@ -353,5 +353,5 @@ def _line(architecture: Architecture, known: str, fit: str) -> str:
     remarks = [architecture.note] if architecture.note else []
     if architecture.untrained:
         tensors = ", ".join(f"`{part.strip('.')}`" for part in architecture.untrained)
-        remarks.append(f"keep the average: {tensors}")
+        remarks.append(f"keep their start: {tensors}")
     return f"| {architecture.name} | {known} | {fit} | {'; '.join(remarks)} |"

@@ -105,6 +105,14 @@ def test_dam_as_the_last_step(chain, tmp_path):
     tiny.load(tmp_path / "out")
 
 
+def test_steps_without_a_coefficient_file(chain, tmp_path):
+    del chain[0]["parameters"]
+    last = {key: value for key, value in chain[0].items() if key != "name"}
+    message = refusal("mergekit-dam", "run", write(tmp_path, [chain[0], last]), tmp_path / "out")
+    assert "parameters.coefficients" in message
+    assert "is the file of" not in message
+
+
 def test_mistakes_are_told_before_the_first_merge(chain, tmp_path):
     out, steps = tmp_path / "out", tmp_path / "out.steps"
 

@@ -275,6 +275,7 @@ def test_unknown_version(path: Path, version: Any) -> None:
         ({"sources": [{"reference": "./m0"}]}, "sources.0.weights"),
         ({"sources": 3}, "sources"),
         ({"surprise": 1}, "surprise"),
+        ({"sources": [{"reference": "m", "weights": "w", "teaches": False}]}, "the header"),
         ({"results": {"average": [], "fit": 3}}, "results.fit"),
     ],
 )

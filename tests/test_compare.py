@@ -447,6 +447,16 @@ def test_another_comparisons_folder_is_refused(compared, config, tmp_path):
     assert (out / "results.json").read_bytes() == before
 
 
+def test_other_fits_of_the_same_names_are_refused(config, tmp_path):
+    for steps in (0, 1):
+        fits = {"own": {"steps": steps, "start": "average"}}
+        if steps == 0:
+            run_compare(config, tmp_path / "out", only=["own"], fits=fits)
+            continue
+        with pytest.raises(DamError, match="holds a comparison of other"):
+            run_compare(config, tmp_path / "out", only=["own"], fits=fits)
+
+
 def test_another_source_of_the_same_name_is_refused(config, tmp_path):
     document = yaml.safe_load(config.read_text())
     models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mergekit_dam.config import DataSettings, Settings
+from mergekit_dam.config.data_settings import is_local
 from mergekit_dam.data import Row, SourceData, benchmark_warning, load_rows
-from mergekit_dam.data.read import is_local
 from mergekit_dam.errors import DamError
 
 BOS, EOS = 1, 2

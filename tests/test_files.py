@@ -178,6 +178,29 @@ def test_config_becomes_a_file_with_the_same_merge(models, tmp_path: Path, metho
         torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=5e-7, msg=name)
 
 
+@pytest.mark.parametrize("case", ["an aligned vocabulary", "a base that is listed"])
+def test_what_convert_writes_is_what_merge_reads(models, tmp_path: Path, case, monkeypatch):
+    """`mergekit-dam merge`, which compares more than mergekit's own command; no `dam:` block."""
+    monkeypatch.chdir(tmp_path)
+    sources = [{"model": str(m), "parameters": {"weight": 0.5}} for m in models[:2]]
+    base = str(models[2])
+    if case == "an aligned vocabulary":
+        document = {"merge_method": "linear", "models": sources, "tokenizer_source": "union"}
+        merge = {"models": [{"model": str(m)} for m in models[:2]], "tokenizer_source": "union"}
+    else:
+        sources = [{"model": base}, *sources]
+        document = {"merge_method": "task_arithmetic", "base_model": base, "models": sources}
+        merge = {"base_model": base, "models": [{"model": entry["model"]} for entry in sources]}
+    Path("theirs.yml").write_text(yaml.safe_dump(document | {"dtype": "float32"}))
+    run("mergekit-dam", "convert", "theirs.yml", "dam.safetensors")
+    merge |= {"merge_method": "dam", "parameters": {"coefficients": "dam.safetensors"}}
+    Path("ours.yml").write_text(yaml.safe_dump(merge | {"dtype": "float32"}))
+    run("mergekit-dam", "merge", "ours.yml", "ours", "--quiet")
+    expected = merged(Path("theirs.yml"), Path("theirs"))
+    for name, tensor in load_file("ours/model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=2e-6, atol=5e-7, msg=name)
+
+
 def test_what_linear_cannot_say_is_refused(models, recipe, tmp_path: Path):
     column = fitted(recipe(models[:2], dam={"learning_rate": 0.1}))
     out = tmp_path / "linear.yml"

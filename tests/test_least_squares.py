@@ -315,8 +315,8 @@ def test_a_start_that_was_killed_goes_on_after_the_last_whole_block(recipe, mode
 
     half, reports = prepare(recipe_, QUIET, device="cpu"), []
 
-    def kill(path, done):
-        reports.append(path)
+    def kill():
+        reports.append(None)
         if len(reports) == 3:
             raise Killed
 
@@ -352,7 +352,7 @@ class _Bar:
         return False
 
     def update(self):
-        self._kill("", set())
+        self._kill()
 
 
 def test_a_fit_may_start_where_another_has_ended(recipe, models, tmp_path):

@@ -10,9 +10,11 @@ import tiny
 import transformers
 from mergekit.options import MergeOptions
 
+from mergekit_dam.check import check
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import fit, stage
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
@@ -20,7 +22,7 @@ from mergekit_dam.fit.forecast import held, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.optimizer import DifferencesAdamW, parameter_groups
-from mergekit_dam.fit.place import choose_recompute, groups_of, place, require_memory
+from mergekit_dam.fit.place import choose_recompute, groups_of, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import least_squares
@@ -282,6 +284,33 @@ def test_what_does_not_fit_names_a_remedy_that_is_one(monkeypatch, settings, hel
     message = refused(monkeypatch, needs=dict.fromkeys(names, 0), **settings)
     assert message.startswith("A step needs about 1 MB of memory beside the sources")
     assert message.endswith(told)
+
+
+@pytest.mark.parametrize("train", [{}, {"linear": False}])
+@pytest.mark.parametrize("basis", ["differences", "coefficients"])
+def test_what_checkpoints_take_is_foreseen(recipe, tmp_path, train, basis):
+    """Coefficients that are not trained are in them, too."""
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 768})
+    models = tiny.save_models(tmp_path, config, SOURCES)
+    dam = {"train": train, "basis": basis, "start": "average", "steps": 2, "checkpoint_every": 1}
+    loaded = read_recipe(str(recipe(models, dam=dam)))
+    found = check(
+        loaded, QUIET, coefficients=loaded.coefficients, will_fit=True, will_merge=False,
+        device="cpu", in_full=True,
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage, "discard", lambda folder: None)
+        fit(loaded, loaded.coefficients, QUIET, device="cpu")
+    files = (f for name in ("model.safetensors", "optimizer.pt") for f in tmp_path.rglob(name))
+    taken = sum(f.stat().st_size for f in files if f.parent.name.startswith("checkpoint-"))
+    assert taken / 1.1 < found.estimate.checkpoints < taken  # each tensor has a name, too
+
+
+def test_no_remedy_is_tried_twice(monkeypatch):
+    found = place_on(monkeypatch, "cpu", [5], gpu=10**6, host=10**6)
+    for settings in ({"offload": "none"}, {"offload": "none", "recompute": "none"}, {}):
+        tried = list(remedies(Settings(data=(), **settings), found))
+        assert all(changes not in tried[:number] for number, changes in enumerate(tried))
 
 
 def test_a_start_that_does_not_fit_is_smaller_or_another(monkeypatch):

@@ -277,6 +277,15 @@ def test_a_folder_that_holds_an_input_is_never_replaced(config, models, tmp_path
     assert all(path.read_bytes() == content for path, content in before.items())
 
 
+def test_nor_is_one_that_holds_the_start_of_the_fit(config, tmp_path):
+    out = tmp_path / "out"
+    run("mergekit-dam", "merge", config, out, "--quiet")
+    document = yaml.safe_load(config.read_text())
+    document["dam"]["start"] = str(out / "dam.safetensors")
+    config.write_text(yaml.safe_dump(document))
+    assert "which the merge reads" in refusal("mergekit-dam", "run", config, out, "--overwrite")
+
+
 def test_what_a_killed_merge_left_is_removed(config, tmp_path):
     dead = tmp_path / ".out.partial-4194304"  # beyond the highest process number
     dead.mkdir()

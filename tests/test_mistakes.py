@@ -139,7 +139,7 @@ TIES = {"formula": "task_vectors", "sparsify": "ties"}
         ({}, {"weight": float("nan")}, "`weight` is nan, which is no finite number"),
         ({}, {"weight": float("inf")}, "`weight` is inf, which is no finite number"),
         (TIES, {"normalize": "yes please"}, "`normalize` is 'yes please'"),
-        ({"objective": {"kl": 0, "l2": 1}}, {}, "compares the merge with no source"),
+        ({"objective": {"kl": 0, "l2": 1}}, {}, "has no term that looks at predictions"),
     ],
     ids=str,
 )

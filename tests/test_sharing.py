@@ -103,7 +103,7 @@ def header(*references: str, **fields) -> Header:
     settings = {"data": [{"source": name, "path": "someone/texts"} for name in references]}
     merge = {"merge_method": "dam", "models": [{"model": name} for name in references]}
     fields = {"settings": settings, "merge": merge, "sources": sources, **fields}
-    return Header(package="0.1.0", formula="weights", granularity="column", **fields)
+    return Header(package="0.1.0", granularity="column", **{"formula": "weights", **fields})
 
 
 def test_metadata_name_the_hubs_models_in_order():
@@ -123,6 +123,14 @@ def test_models_of_the_hub_are_pinned_to_what_was_fitted():
     assert [m["model"] for m in models] == ["zoe/b@abc", "./local", "amy/a@abc+bob/lora", "x/y@v2"]
 
 
+def test_a_base_that_is_subtracted_is_pinned_and_named():
+    base = Source(reference="meta/base", revision="def", weights="f" * 32)
+    vectors = header("zoe/b", formula="task_vectors", base=base)
+    for merge in ({"base_model": "meta/base", **vectors.merge}, {}):
+        config = card.rebuilding(vectors.model_copy(update={"merge": merge}), "me/c")
+        assert config["base_model"] == "meta/base@def"
+
+
 def test_names_cannot_leave_their_cell():
     text = card.of_file(header("a/b", "c|d <b>x</b> # heading"), "me/c")
     assert "c\\|d &lt;b&gt;x&lt;/b&gt; # heading" in text.partition("## Sources")[2]
@@ -135,6 +143,10 @@ def test_what_is_published_tells_of_no_folder():
     assert "/home/amy" not in public.model_dump_json()
     assert public.settings["data"] == [{"source": "amy/m", "path": "rows.jsonl"}]
     assert public.sources[0].weights == one.sources[0].weights
+    for path in ("clients/rows.jsonl", "clients/rows.jsonl.gz"):  # from another working directory
+        local = header("amy/m", settings={"data": [{"source": "amy/m", "path": path}]})
+        assert published(local, {}).settings["data"][0]["path"] == path.removeprefix("clients/")
+        assert ModelCard(card.of_file(local, "me/c")).data.datasets is None
     with pytest.raises(DamError) as caught:
         published(one, {"amy": "amy/m"})
     assert "amy is none of the file's models" in caught.value.message

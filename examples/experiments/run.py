@@ -26,6 +26,7 @@ from mergekit.options import MergeOptions
 from mergekit_dam.compare import compare, records
 from mergekit_dam.compare.records import RESULTS, Entry, Results, mean, retention
 from mergekit_dam.config import read_recipe
+from mergekit_dam.table import piped
 
 SCENARIOS: dict[str, Callable[[Path, int], Path]] = {
     "far": far.make,
@@ -95,7 +96,7 @@ def tables(folder: Path) -> str:
             means = _means(found)
             parts.append(_table(scenario, found, means))
             lines.append(_summary(scenario, means))
-    return "\n\n".join([*parts, _piped(SUMMARY, lines)]) + "\n"
+    return "\n\n".join([*parts, piped(SUMMARY, lines)]) + "\n"
 
 
 COLUMNS = ("merge", "KL", "agreement", "exact match", "retention", "forward", "backward", "tokens")
@@ -117,7 +118,6 @@ def _means(found: list[Results]) -> dict[str, dict[str, float]]:
             table[name] = {key: statistics.fmean(row[key] for row in rows) for key in rows[0]}
             kls = [row["KL"] for row in rows]
             table[name]["spread"] = statistics.stdev(kls) if len(kls) > 1 else 0.0
-            table[name]["seeds"] = len(rows)
     return table
 
 
@@ -152,7 +152,7 @@ def _table(scenario: str, found: list[Results], means: Mapping[str, Mapping[str,
     describe = SCENARIOS[scenario]
     text = getattr(describe, "func", describe).__globals__["__doc__"].strip().splitlines()[0]
     seeds = f"{len(found)} seed{'s' * (len(found) > 1)}"
-    return f"### {scenario}\n\n{text} {seeds}.\n\n{_piped(COLUMNS, rows)}"
+    return f"### {scenario}\n\n{text} {seeds}.\n\n{piped(COLUMNS, rows)}"
 
 
 def _summary(scenario: str, means: Mapping[str, Mapping[str, float]]) -> tuple[str, ...]:
@@ -177,12 +177,6 @@ def _summary(scenario: str, means: Mapping[str, Mapping[str, float]]) -> tuple[s
         ratio("evolution", "dam", "forward"),
         ratio("evolution", "dam", "KL"),
     )
-
-
-def _piped(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    columns = list(columns)
-    lines = [columns, ["---", *["---:"] * (len(columns) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main() -> None:

@@ -1,22 +1,21 @@
 """What a fit will need, from the plan and the headers alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
 from mergekit_dam.check.parameters import is_idle
 from mergekit_dam.check.speed import duration, measure_speed
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.data import SourceData
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import Forecast, foresee, is_read
+from mergekit_dam.fit.forecast import Outline, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.start import trained_tensors
 from mergekit_dam.fit.teachers import rows_of_a_fit
+from mergekit_dam.fit.trainer import KEPT
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import Recompute, Skeleton
-from mergekit_dam.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,7 @@ class Estimate:
             f"{self.sources} sources{' and the base' if self.has_base else ''}, "
             f"{self.output_tensors} output tensors, "
             f"{self.trained_tensors} of them with trained coefficients",
-            f"{self.unreached_tensors} output tensors keep the plain average, since no text "
-            "reaches them"
+            f"{self.unreached_tensors} output tensors keep their start, since no text reaches them"
             if self.unreached_tensors
             else None,
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained",
@@ -66,22 +64,12 @@ class Estimate:
         return "\n".join(filter(None, lines))
 
 
-def estimate(
-    plan: Plan,
-    settings: Settings,
-    shapes: HeaderShapes,
-    skeleton: Skeleton,
-    device: str,
-    data: Sequence[SourceData] = (),  # of each source, where all were read
-) -> Estimate:
-    def foreseen(settings: Settings) -> Forecast:
-        return foresee(plan, settings, shapes, skeleton, device, data)
-
-    found = foreseen(settings)
+def estimate(outline: Outline, settings: Settings) -> Estimate:
+    plan, skeleton, found = outline.plan, outline.skeleton, outline.foresee(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
-    speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, device)
-    sees_all = settings.teacher == "cached" and is_read(plan, data)
-    rows = rows_of_a_fit(StepRows(data), settings, 1) if sees_all else []
+    speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, outline.device)
+    sees_all = settings.teacher == "cached" and is_read(plan, outline.data)
+    rows = rows_of_a_fit(StepRows(outline.data), settings, 1) if sees_all else []
     states = sum(row.counted for own in rows for row in own) * width * dtype.itemsize
     has_steps = settings.max_steps != 0
     coefficients = sum(found.numbers.values())
@@ -99,11 +87,11 @@ def estimate(
         seconds=speed.seconds(1, found.needs.tokens),
         fit_seconds=speed.seconds(found.work.passes, found.work.tokens),
         file=4 * coefficients,
-        # Coefficients, and AdamW's two moments of them and of their middle; the last two are kept.
-        checkpoints=int(8 * found.trained * (3 + 2 / len(plan.sources))) * has_steps,
+        # All coefficients, and of those that are trained two moments: two thirds of an optimiser.
+        checkpoints=KEPT * (4 * coefficients + 2 * found.needs.optimizer // 3) * has_steps,
         states=states * has_steps,
         place=found.place,
-        lack=lack(found.place, settings, lambda changed: foreseen(changed).place),
+        lack=lack(found.place, settings, outline.place),
     )
 
 

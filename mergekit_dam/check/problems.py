@@ -29,12 +29,13 @@ from mergekit_dam.config.recipe import data_entries, match_reference
 from mergekit_dam.data import SourceData, benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_threads
-from mergekit_dam.fit.forecast import merged_skeleton
+from mergekit_dam.fit.forecast import Outline, merged_skeleton
 from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
+from mergekit_dam.formula import Formula
 from mergekit_dam.headers import HeaderShapes, require_files
-from mergekit_dam.model import Skeleton
+from mergekit_dam.hub import open_coefficients
 from mergekit_dam.nearest import did_you_mean
 from mergekit_dam.opening import require_model
 from mergekit_dam.plan import Plan, plan_merge, source_models
@@ -60,7 +61,7 @@ def check(
     and what a fit will need is returned.
     """
     problems = list(_config_problems(recipe, options, coefficients, device, will_fit=will_fit))
-    plan, shapes = _planned(recipe, options, problems)
+    plan, shapes = _planned(recipe, options, coefficients, problems)
     problems += _plan_problems(recipe, options, plan, shapes, will_fit=will_fit)
     _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
     if will_fit and recipe.settings is not None:
@@ -81,8 +82,10 @@ def check(
             problems += misfits(recipe.settings, shapes, skeleton)
             _warn_of(map(_untied, skeleton.untied()))
             if in_full:
-                found = _estimate(recipe.settings, plan, shapes, skeleton, device, data)
-                result = Outlook(found, tuple(previews))
+                chosen = choose_device(device)
+                choose_threads(plan.model_config, chosen, options.num_threads)
+                outline = Outline(plan, shapes, skeleton, chosen, data)
+                result = Outlook(estimate(outline, recipe.settings), tuple(previews))
         except DamError as error:
             problems.append(error.message)
     if problems:
@@ -114,7 +117,7 @@ def _config_problems(
 
 
 def _planned(
-    recipe: Recipe, options: MergeOptions, problems: Sequence[str]
+    recipe: Recipe, options: MergeOptions, coefficients: str | None, problems: Sequence[str]
 ) -> tuple[Plan, HeaderShapes]:
     """Raises DamError, with the problems known, where there is no plan, or no whole source."""
     settings = recipe.settings
@@ -122,12 +125,20 @@ def _planned(
         plan = plan_merge(
             recipe.merge,
             options,
-            settings.formula if settings else "weights",
+            settings.formula if settings else _fitted_formula(coefficients),
             use_base=settings.use_base if settings else None,
         )
         return plan, HeaderShapes(plan)
     except DamError as error:
         raise DamError(listed(recipe.path, [*problems, error.message])) from error
+
+
+def _fitted_formula(coefficients: str | None) -> Formula:
+    """What the file that a config without a `dam:` block reads was fitted for."""
+    try:
+        return open_coefficients(coefficients).header.formula if coefficients else "weights"
+    except DamError:  # which is told by `file_problems`
+        return "weights"
 
 
 def _plan_problems(
@@ -137,19 +148,6 @@ def _plan_problems(
     yield from of_shapes or _refusal(require_one_config, recipe.merge, options)
     if will_fit and recipe.settings is not None:
         yield from _collect(_start_problems(recipe.settings, plan))
-
-
-def _estimate(
-    settings: Settings,
-    plan: Plan,
-    shapes: HeaderShapes,
-    skeleton: Skeleton,
-    device: str,
-    data: Sequence[SourceData],
-) -> Estimate:
-    chosen = choose_device(device)
-    choose_threads(plan.model_config, chosen, plan.options.num_threads)
-    return estimate(plan, settings, shapes, skeleton, chosen, data)
 
 
 def _untied(name: str) -> str:

@@ -21,9 +21,10 @@ from mergekit_dam.config import Recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.device import choose_dtype
+from mergekit_dam.fit.evaluate import perplexity
 from mergekit_dam.fit.objective import among
-from mergekit_dam.fit.prepare import own_model, own_models
-from mergekit_dam.model import MergedModel, SourceWeights, build_skeleton
+from mergekit_dam.fit.prepare import own_model, own_models, skeleton_of
+from mergekit_dam.model import MergedModel, SourceWeights
 from mergekit_dam.plan import Plan
 
 SHARE_FOR_FITS = 0.05  # of a fit's rows, which it holds out for itself
@@ -69,15 +70,10 @@ class Ground:
         search_rows: int,
     ):
         self.plan, self.device = plan, device
-        self._recipe, options = recipe, plan.options
+        self._recipe = recipe
         weights = SourceWeights(plan, needs_base=False)
         self._dtype = choose_dtype(recipe.settings, weights.dtypes(), device)
-        skeleton = build_skeleton(
-            plan.model_config,
-            frozenset(weights.names()),
-            dtype=self._dtype,
-            trust_remote_code=options.trust_remote_code,
-        )
+        skeleton = skeleton_of(plan, weights, self._dtype)
         own = own_models(recipe, plan, self._dtype, "cpu")
         self._merged = MergedModel(skeleton, weights, {}, set(), self._dtype, own).to(device)
         self._room = KEPT_ELEMENTS
@@ -145,7 +141,7 @@ class Ground:
         return Scores(
             tokens=tokens,
             kl=kl,
-            perplexity=math.exp(min(nll, 700.0)),  # beyond that a float overflows
+            perplexity=perplexity(nll),
             agreement=agreeing,
             answers=len(exam.answers),
             exact=exact,

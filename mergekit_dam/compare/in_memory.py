@@ -15,7 +15,7 @@ from mergekit.plan import MergePlanner
 from mergekit.tokenizer import BuildTokenizer
 from torch import Tensor
 
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 from mergekit_dam.plan import Plan
 
 
@@ -40,7 +40,7 @@ def merge_in_memory(merge: MergeConfiguration, plan: Plan, seed: int) -> dict[st
             torch.manual_seed(seed)
             return _merge(merge.model_copy(deep=True), plan, plan.options)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise DamError(f"mergekit cannot make this merge: {error}") from error
+        raise DamError(f"mergekit cannot make this merge: {in_one_line(error)}") from error
 
 
 def _merge(merge: MergeConfiguration, plan: Plan, options: MergeOptions) -> dict[str, Tensor]:

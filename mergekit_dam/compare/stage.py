@@ -1,7 +1,5 @@
 """The comparison, from a recipe to the folder of results."""
 
-import hashlib
-import json
 import os
 import shlex
 from collections.abc import Callable, Collection, Mapping
@@ -28,6 +26,7 @@ from mergekit_dam.config.recipe import parse_document
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.device import choose_device, choose_threads
+from mergekit_dam.fit.resume import digest
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.output import write_text
 from mergekit_dam.plan import plan_merge
@@ -150,10 +149,10 @@ class _Comparison:
             document,
             [describe(model).model_dump() for model in models if model],
             [rows.digest() for rows in self._data],
-            [self._search_rows, self._evaluations, self._device],
+            [self._search_rows, self._evaluations, self._device, self._fits],
             [mergekit_dam.__version__, *map(version, ("mergekit", "torch", "transformers"))],
         ]
-        return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
+        return digest(same)
 
     def _add(self, entry: Entry) -> None:
         self._results = self._results.with_entry(entry)

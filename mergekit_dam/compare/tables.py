@@ -15,7 +15,7 @@ from mergekit_dam.compare.records import (
     short_names,
 )
 from mergekit_dam.output import write_text
-from mergekit_dam.table import aligned, cell
+from mergekit_dam.table import aligned, piped
 
 MARKDOWN = "results.md"
 COLUMNS = (
@@ -48,17 +48,16 @@ def write(out: Path, results: Results, say) -> None:
     for entry in results.entries:
         if entry.reason is not None:
             say(f"Left out: {entry.name}: {entry.reason}")
-    pictures = _plots(out, results)
+    pictures = _plots(out, results, say)
     write_text(out / MARKDOWN, as_markdown(results, pictures))
-    if not pictures:
-        say("For plots: pip install 'mergekit-dam[report]', and run this again.")
     say(f"The results are in {out / MARKDOWN}, the YAML of each merge in {out / 'configs'}.")
 
 
-def _plots(out: Path, results: Results) -> list[str]:
+def _plots(out: Path, results: Results, say) -> list[str]:
     try:
         from mergekit_dam.compare.plots import draw
     except ImportError:
+        say("For plots: pip install 'mergekit-dam[report]', and run this again.")
         return []
     return draw(out, results)
 
@@ -75,7 +74,7 @@ def as_markdown(results: Results, pictures: Sequence[str]) -> str:
     parts = [
         "# Comparison",
         EXPLAINED,
-        _piped(COLUMNS, _rows(results)),
+        piped(COLUMNS, _rows(results)),
         *(f"![{Path(name).stem}]({name})" for name in pictures),
         "## Retention of each source",
         _by_source(results, lambda entry: retention(entry, results), "{:.3f}"),
@@ -83,7 +82,7 @@ def as_markdown(results: Results, pictures: Sequence[str]) -> str:
         _by_source(results, lambda entry: [s.kl for s in entry.scores], "{:.4f}"),
         "## What was chosen",
         "On fit rows, among the candidates of each method; the YAML makes the merge again.",
-        _piped(
+        piped(
             ("merge", "candidates", "chosen", "YAML"),
             [
                 (e.name, str(e.tried), one_line(e.chosen) or "-", f"[{e.config}]({e.config})")
@@ -137,12 +136,7 @@ def _by_source(results: Results, values, pattern: str) -> str:
         if entry.scores:
             cells = ["-" if v is None else pattern.format(v) for v in values(entry)]
             lines.append((names[entry.name], *cells))
-    return _piped(("merge", *(names.get(name, name) for name in results.sources)), lines)
-
-
-def _piped(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [columns, ("---", *["---:"] * (len(columns) - 1)), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+    return piped(("merge", *(names.get(name, name) for name in results.sources)), lines)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

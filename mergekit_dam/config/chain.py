@@ -56,7 +56,7 @@ def _require_sound(path: str, recipes: dict[str | None, Recipe]) -> None:
     for name, recipe in recipes.items():
         where = f"merge {name}: " if name else "last merge: "
         problems += [where + problem for problem in recipe.problems]
-        if recipe.merge.merge_method != "dam":
+        if recipe.merge.merge_method != "dam" or recipe.coefficients is None:
             continue
         if recipe.coefficients in files:
             other = files[recipe.coefficients] or "the last merge"

@@ -1,5 +1,7 @@
 """One source's own data, as the YAML names them."""
 
+import glob
+import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -10,6 +12,9 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 EVERY = "*"  # stands for each source that has no entry of its own
 OF_FILES = ("name", "revision", "split", "streaming", "text", "columns", "examples")
 LossOn = Literal["all", "completion"]
+
+ENDINGS = ("json", "jsonl", "parquet", "csv", "txt")  # of files that are read
+COMPRESSED = ("gz", "bz2", "xz", "zst")
 
 # The columns that make a row; of those that a row has, the first in this order count. TRL's
 # shapes, then the older ones of Alpaca, of questions and answers, of ShareGPT.
@@ -22,6 +27,22 @@ SHAPES = (
     ("question", "answer"),
     ("conversations",),
 )
+
+
+def is_local(path: str) -> bool:
+    """Whether a data path must be a file or folder here rather than a name on the Hub."""
+    return (
+        os.path.exists(path)
+        or path.startswith((".", "/", "~"))
+        or glob.has_magic(path)
+        or ending(path) in ENDINGS
+    )
+
+
+def ending(path: str) -> str:
+    """Of a file's name, without that of a compression."""
+    stem, _, last = path.lower().rpartition(".")
+    return stem.rpartition(".")[2] if last in COMPRESSED else last
 
 
 class Block(pydantic.BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):

@@ -16,7 +16,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_dam.config.data_settings import EVERY, DataSettings
 from mergekit_dam.config.keys import BLOCK, unknown_key, unknown_keys
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.errors import DamError
+from mergekit_dam.errors import DamError, in_one_line
 
 MOST_PARTS = 100_000  # of a YAML file: keys, values, lists
 DTYPES = ("bfloat16", "float16", "float32", "float64")
@@ -71,7 +71,7 @@ def read_documents(path: str) -> list[tuple[dict, str]]:
     except OSError as error:
         raise DamError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DamError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+        raise DamError(f"{path} is not YAML: {in_one_line(error)}.") from None
     if _size(documents, {}) > MOST_PARTS:
         raise DamError(f"{path} is no merge config: its anchors make it endlessly large.")
     if not documents or not all(isinstance(document, dict) for document in documents):
@@ -135,7 +135,7 @@ def _parse(model: type, fields: Any, prefix: str, problems: list[str]) -> Any:
             found.setdefault(place, _in_words(problem, place, model, prefix))
         problems.extend(found.values())
     except (RuntimeError, ValueError) as error:  # mergekit's own validators raise these
-        problems.append(str(error))
+        problems.append(in_one_line(error))
     return None
 
 

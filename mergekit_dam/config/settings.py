@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-COMPARISONS = ("kl", "reverse_kl", "jsd", "mse", "entropy")  # the terms that need the sources
+COMPARISONS = ("kl", "reverse_kl", "jsd", "mse", "entropy")  # the terms that look at predictions
 
 
 class Objective(Block):
@@ -68,7 +68,7 @@ class Objective(Block):
         if not any(getattr(self, name) for name in COMPARISONS):
             terms = ", ".join(f"`{name}`" for name in COMPARISONS)
             raise ValueError(
-                f"compares the merge with no source: give one of {terms} a weight above 0"
+                f"has no term that looks at predictions: give one of {terms} a weight above 0"
             )
         return self
 
@@ -121,7 +121,8 @@ class Settings(Block):
         description="where the coefficients begin: `least_squares` (layer by layer, nearest to the "
         "sources' own outputs, from the average, or with `steps: 0` from a base that is a source), "
         "`average`, `weights` (the YAML's), or the path of a coefficient "
-        "file of these sources; default: `weights` where the YAML gives some, else `least_squares`",
+        "file of these sources; default: `weights` where the YAML gives some, `average` where a "
+        "source's layers have no counterparts in the merge, else `least_squares`",
     )
     calibration: int | None = Field(
         None,
@@ -166,7 +167,11 @@ class Settings(Block):
     warmup: float = Field(0.05, ge=0, lt=1, description="share of the steps with a rising rate")
     max_grad_norm: float = Field(1.0, ge=0, description="gradient clipping; 0 turns it off")
     seed: int = Field(
-        0, ge=0, lt=2**32, description="of the row order and the choice of held-out rows"
+        0,
+        ge=0,
+        lt=2**32,
+        description="of the row order, the choice of held-out rows, random sparsification, and the "
+        "rows that sources write",
     )
     examples: int = Field(2000, ge=2, description="rows used of each source's data")
     max_length: int = Field(1024, ge=2, description="tokens kept of a row")
@@ -204,7 +209,7 @@ class Settings(Block):
         None,
         ge=1,
         description="with `evaluate_every`: the fit stops after so many evaluations in a row that "
-        "are no better than the best; default: it runs to its end",
+        "are no better than the best of them (the start is none); default: it runs to its end",
     )
     report_to: tuple[str, ...] = Field(
         (), description="the Trainer's integrations: tensorboard, wandb, trackio, ..."

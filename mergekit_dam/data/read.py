@@ -11,12 +11,11 @@ from typing import Any
 import datasets
 import pandas
 
-from mergekit_dam.config.data_settings import DataSettings
-from mergekit_dam.errors import DamError
+from mergekit_dam.config.data_settings import ENDINGS, DataSettings, ending, is_local
+from mergekit_dam.errors import DamError, in_one_line
 
 # File name endings -> the builder of `datasets` that reads them.
-BUILDERS = {"json": "json", "jsonl": "json", "parquet": "parquet", "csv": "csv", "txt": "text"}
-COMPRESSED = ("gz", "bz2", "xz", "zst")
+BUILDERS = {name: name for name in ENDINGS} | {"jsonl": "json", "txt": "text"}
 SAVED = ("dataset_dict.json", "state.json")  # in a folder that `save_to_disk` has written
 SHUFFLED = 10_000  # rows held for a random choice where they are streamed
 
@@ -24,16 +23,6 @@ SHUFFLED = 10_000  # rows held for a random choice where they are streamed
 def is_missing(path: str) -> bool:
     """Whether a data path must be here, rather than on the Hub, and is not."""
     return is_local(path) and not os.path.exists(path) and not _files(path)
-
-
-def is_local(path: str) -> bool:
-    """Whether a data path must be a file or folder here rather than a name on the Hub."""
-    return (
-        os.path.exists(path)
-        or path.startswith((".", "/", "~"))
-        or glob.has_magic(path)
-        or _ending(path) in BUILDERS
-    )
 
 
 def read_rows(entry: DataSettings, split: str, count: int, seed: int) -> Iterator[Mapping]:
@@ -98,18 +87,13 @@ def _files(path: str) -> list[str]:
     return sorted(filter(os.path.isfile, glob.glob(path))) if glob.has_magic(path) else []
 
 
-def _ending(path: str) -> str:
-    stem, _, ending = path.lower().rpartition(".")
-    return stem.rpartition(".")[2] if ending in COMPRESSED else ending
-
-
 def _builder(path: str) -> str:
-    if _ending(path) not in BUILDERS:
+    if ending(path) not in BUILDERS:
         raise DamError(
             f"{path} has an ending that says nothing of its format: rename it to one of "
             f"{', '.join(sorted(BUILDERS))}."
         )
-    return BUILDERS[_ending(path)]
+    return BUILDERS[ending(path)]
 
 
 @contextmanager
@@ -120,8 +104,9 @@ def _in_words(entry: DataSettings, split: str) -> Iterator[None]:
     except (DamError, GeneratorExit):
         raise
     except Exception as error:
-        cause = " ".join(str(error.__cause__ or error).split()) or "is it empty?"
+        cause = error.__cause__ or error
+        reason = in_one_line(cause) if str(cause) else "is it empty?"
         raise DamError(
             f"The data {entry.path} (split {split}) of the source {entry.source} cannot be read: "
-            f"{cause}"
+            f"{reason}"
         ) from error

@@ -41,7 +41,7 @@ def calibrate(
         total=len(merged.trained_blocks()), desc="Solving", disable=quiet or not is_main()
     ) as bar:
 
-        def report(path: str, done: set[str]) -> None:
+        def report(done: set[str]) -> None:
             bar.update()
             if is_main() and done - solved:
                 coefficients = merged.coefficients()

@@ -62,8 +62,8 @@ def _figures(
     return Figures(
         tokens=tokens,
         kl=kl,
-        perplexity=_perplexity(merge_nll),
-        source_perplexity=_perplexity(source_nll),
+        perplexity=perplexity(merge_nll),
+        source_perplexity=perplexity(source_nll),
     )
 
 
@@ -93,5 +93,6 @@ def _sums(
     return len(targets), sums
 
 
-def _perplexity(nll: float) -> float:
+def perplexity(nll: float) -> float:
+    """Of a mean negative log-likelihood."""
     return math.exp(min(nll, 700.0))  # beyond that a float overflows

@@ -43,13 +43,30 @@ def merged_skeleton(plan: Plan, shapes: HeaderShapes) -> Skeleton:
     )
 
 
-def foresee(
+@dataclass(frozen=True)
+class Outline:
+    """What a forecast is made from, whatever the settings."""
+
+    plan: Plan
+    shapes: HeaderShapes
+    skeleton: Skeleton
+    device: str
+    data: Sequence[SourceData]  # of each source, where all were read
+
+    def foresee(self, settings: Settings) -> Forecast:
+        return _foresee(self.plan, settings, self.shapes, self.skeleton, self.device, self.data)
+
+    def place(self, settings: Settings) -> Place:
+        return self.foresee(settings).place
+
+
+def _foresee(
     plan: Plan,
     settings: Settings,
     shapes: HeaderShapes,
     skeleton: Skeleton,
     device: str,
-    data: Sequence[SourceData],  # of each source, where all were read
+    data: Sequence[SourceData],
 ) -> Forecast:
     numbers, names = counts(plan, settings, shapes, skeleton), trained_tensors(skeleton, settings)
     trained = sum(numbers.get(name, 0) for name in names)

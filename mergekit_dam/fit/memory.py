@@ -61,9 +61,9 @@ def needs(
     work: Workload,
     objective: Objective,
     *,
-    coefficients: int = 0,  # how many are trained
-    optimizer: tuple[int, int] = (0, 0),  # see `optimizer.memory`
-    trust_remote_code: bool = False,
+    coefficients: int,  # how many are trained
+    optimizer: tuple[int, int],  # see `optimizer.memory`
+    trust_remote_code: bool,
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -105,7 +105,7 @@ def _of_a_logit(objective: Objective, dtype: torch.dtype) -> int:
     for name, (working, saved) in COPIES.items():
         if getattr(objective, name):
             most, kept = max(most, kept + working), kept + saved
-    return 2 * dtype.itemsize + 4 * most if most else 0
+    return 2 * dtype.itemsize + 4 * most
 
 
 def free_memory(device: str) -> int:

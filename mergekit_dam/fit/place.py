@@ -181,7 +181,8 @@ def remedies(settings: Settings, found: Place) -> Iterator[dict[str, Any]]:
     if settings.offload not in ("auto", "disk"):
         for offload in ("cpu", "disk") if settings.offload == "none" else ("disk",):
             yield {"offload": offload}
-            yield {**changes, "offload": offload}
+            if changes:
+                yield {**changes, "offload": offload}
         changes["offload"] = "disk"
     if found.start > found.step:
         for rows in _halves(settings.calibration_rows, 8):

@@ -19,7 +19,7 @@ from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings, tokenizer_of
 from mergekit_dam.data import SourceData
 from mergekit_dam.fit.device import choose_device, choose_dtype, choose_threads, take
-from mergekit_dam.fit.forecast import Forecast, foresee, merged_skeleton
+from mergekit_dam.fit.forecast import Forecast, Outline, merged_skeleton
 from mergekit_dam.fit.memory import Needs
 from mergekit_dam.fit.place import Place, require_memory
 from mergekit_dam.fit.processes import is_main
@@ -27,7 +27,7 @@ from mergekit_dam.fit.resume import digest, identity
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start, trained_tensors
 from mergekit_dam.headers import HeaderShapes
-from mergekit_dam.model import MergedModel, Offload, SourceWeights, build_skeleton
+from mergekit_dam.model import MergedModel, Offload, Skeleton, SourceWeights, build_skeleton
 from mergekit_dam.plan import Plan, plan_merge, plan_source
 from mergekit_dam.sources import describe
 from mergekit_dam.task_vectors import Preparation
@@ -99,13 +99,9 @@ def _require_memory(
 ) -> Forecast:
     """What the fit will need; raises DamError where that is not there."""
     shapes = HeaderShapes(plan)
-    outline = merged_skeleton(plan, shapes)
-
-    def foreseen(settings: Settings) -> Forecast:
-        return foresee(plan, settings, shapes, outline, device, data)
-
-    found = foreseen(settings)
-    require_memory(found.place, settings, lambda changed: foreseen(changed).place)
+    outline = Outline(plan, shapes, merged_skeleton(plan, shapes), device, data)
+    found = outline.foresee(settings)
+    require_memory(found.place, settings, outline.place)
     return found
 
 
@@ -126,12 +122,7 @@ def _merged(
         offload=place.offload,
     )
     dtype = choose_dtype(settings, weights.dtypes(), device)
-    skeleton = build_skeleton(
-        plan.model_config,
-        frozenset(weights.names()),
-        dtype=dtype,
-        trust_remote_code=plan.options.trust_remote_code,
-    )
+    skeleton = skeleton_of(plan, weights, dtype)
     coefficients = start(plan, skeleton, weights, settings)
     teachers = own_models(recipe, plan, dtype, device, place.offload)
     trained = trained_tensors(skeleton, settings)
@@ -168,13 +159,14 @@ def own_model(
     """A model as it is, over the merge's vocabulary; it speaks as source number 0."""
     own = plan_source(plan, model, recipe.merge)
     weights = SourceWeights(own, needs_base=False, device=device, offload=offload)
-    skeleton = build_skeleton(
-        own.model_config,
-        frozenset(weights.names()),
-        dtype=dtype,
-        trust_remote_code=plan.options.trust_remote_code,
-    )
-    return MergedModel(skeleton, weights, {}, set(), dtype)
+    return MergedModel(skeleton_of(own, weights, dtype), weights, {}, set(), dtype)
+
+
+def skeleton_of(plan: Plan, weights: SourceWeights, dtype: torch.dtype) -> Skeleton:
+    """Raises DamError where the model cannot be built."""
+    trusts = plan.options.trust_remote_code
+    names = frozenset(weights.names())
+    return build_skeleton(plan.model_config, names, dtype=dtype, trust_remote_code=trusts)
 
 
 def _header(

@@ -57,7 +57,7 @@ def identity(
     return json.loads(json.dumps(same))  # as it will be read again
 
 
-def digest(same: dict[str, Any]) -> str:
+def digest(same: Any) -> str:
     return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:32]
 
 

@@ -75,6 +75,7 @@ def start(
     result = {}
     chosen = choose_start(settings, plan)
     file = None if chosen in STARTS else open_file(chosen)
+    rows_of_file = _rows_of_file(file, plan) if file is not None else []
     # What is nearest to the base is better as it is; what is nearest to the average is the better
     # place for a fit to begin (docs/experiments.md).
     is_from_base = (
@@ -87,7 +88,7 @@ def start(
         stack = weights[name]
         shape = shape_of(name, stack.shape, skeleton, settings)
         if file is not None:
-            result[name] = _from_file(file, name, shape, plan)
+            result[name] = _from_file(file, rows_of_file, name, shape, len(plan.sources))
             continue
         rows = stack.rows[: stack.teachers]
         given = starting_weights(plan, name, rows, settings, ignored=chosen == "average")
@@ -101,13 +102,12 @@ def start(
 
 
 def _from_file(
-    file: CoefficientFile, name: str, shape: tuple[int, ...], plan: Plan
-) -> Tensor:  # [N, *B]
+    file: CoefficientFile, rows: list[int], name: str, shape: tuple[int, ...], sources: int
+) -> Tensor:  # [N, *B] of so many sources
     """Another fit's coefficients; those of a coarser granularity hold for each of its parts."""
     file.check_shape(name, shape)
-    rows = _rows_of_file(file, plan)
     found = file.get(name)[rows].expand(-1, *shape)
-    absent = found.new_zeros(len(plan.sources) - len(rows), *shape)
+    absent = found.new_zeros(sources - len(rows), *shape)
     return torch.cat([found, absent])
 
 

@@ -131,7 +131,7 @@ def discard(folder: Path) -> None:
         folder.rmdir()
 
 
-def rows_of_a_fit(rows: StepRows, settings: Settings, count: int = 1) -> list[list[Row]]:
+def rows_of_a_fit(rows: StepRows, settings: Settings, count: int) -> list[list[Row]]:
     """For each source the rows that the steps of so many processes will see, each once."""
     seen = set(items_of_a_fit(rows.lengths, settings, count))
     numbers = [sorted({item[source] for item in seen}) for source in range(len(rows.lengths))]

@@ -19,13 +19,15 @@ from transformers.trainer_callback import ProgressCallback
 
 from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
-from mergekit_dam.errors import DamError, NotFiniteError
+from mergekit_dam.errors import DamError, NotFiniteError, in_one_line
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit.batches import ByLength, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.optimizer import STEP, DifferencesAdamW, parameter_groups
 
 SCHEDULES = {"constant": "constant_with_warmup"}  # the Trainer's `constant` has none
+KEPT = 2  # checkpoints: the one before stays until the next is whole
+POINTS = 100  # at most, of the loss curve that the file keeps
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
@@ -147,7 +149,7 @@ def build_trainer(
     *,
     device: str,
     quiet: bool,
-    sources: Sequence[str] = (),
+    sources: Sequence[str],
 ) -> CoefficientTrainer:
     """`folder` holds the checkpoints; `device` is "cpu" or "cuda"; `sources` are the names that
     the logs show."""
@@ -178,7 +180,7 @@ def integration_problems(names: Sequence[str]) -> Iterator[str]:
         try:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError) as error:
-            reason = " ".join(str(error).split())
+            reason = in_one_line(error)
             yield f"`dam.report_to` has {name!r}, which is not installed ({reason}): install it"
 
 
@@ -198,7 +200,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         use_cpu=device == "cpu",
         save_strategy="steps",
         save_steps=settings.checkpoint_every,
-        save_total_limit=2,  # the one before stays until the next is whole
+        save_total_limit=KEPT,
         logging_steps=1,  # a mean over several steps would not survive a resumed fit
         logging_nan_inf_filter=False,  # it would show a NaN as zero
         ddp_find_unused_parameters=False,
@@ -239,11 +241,11 @@ def _is_json(path: Path) -> bool:
         return False
 
 
-def history(trainer: Trainer, points: int = 100) -> tuple[Point, ...]:
-    """The loss curve: means over at most `points` windows of steps. Without the timings, since
+def history(trainer: Trainer) -> tuple[Point, ...]:
+    """The loss curve: means over at most `POINTS` windows of steps. Without the timings, since
     the same fit shall write the same file."""
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    width = max(1, -(-len(logs) // points))
+    width = max(1, -(-len(logs) // POINTS))
     windows = [logs[start : start + width] for start in range(0, len(logs), width)]
     return tuple(
         Point(step=window[-1]["step"], loss=sum(e["loss"] for e in window) / len(window))

@@ -43,7 +43,7 @@ def start_needs(
     trained: Collection[str],  # output tensors
     sources: int,  # with the base
     *,
-    trust_remote_code: bool = False,
+    trust_remote_code: bool,
 ) -> StartNeeds:
     text = config.get_text_config()
     found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]

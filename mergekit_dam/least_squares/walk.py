@@ -93,13 +93,13 @@ def least_squares(
     rows: Sequence[Sequence[Row]],  # of each source
     *,
     solved: Iterable[str] = (),  # output tensors that have their coefficients already
-    report: Callable[[str, set[str]], None] = lambda path, solved: None,
+    report: Callable[[set[str]], None] = lambda solved: None,
 ) -> None:
     """Set the trained coefficients of a merged model, starting from those that it has.
 
-    `report` is called with the name of each block that is done and all output tensors solved so
-    far. Deterministic; memory is that of one block's weights in every source, the rows' hidden
-    states, and a matrix [in, in] for each layer that is being solved.
+    `report` is called after each block, with all output tensors solved so far. Deterministic;
+    memory is that of one block's weights in every source, the rows' hidden states, and a matrix
+    [in, in] for each layer that is being solved.
     """
     walk = _Walk(merged, list(_pairs(merged, rows)), set(solved))
     head = merged.model.get_output_embeddings()
@@ -107,7 +107,7 @@ def least_squares(
         while (arrival := walk.pairs[0].merge.arrival) is not None:
             sources = [merged.block_weights(arrival.block, s) for s in range(len(rows))]
             walk.solve(arrival.block, sources)
-            report(arrival.block.path, walk.solved)
+            report(walk.solved)
             if arrival.block is head:
                 return
             walk.go_on(arrival.block, sources)

@@ -52,7 +52,7 @@ class Split:
         if not self.is_whole:
             outputs = self._inner_outputs(input_ids)
             if self._answer is None:
-                self._find_out(outputs, input_ids)
+                self._find_out(outputs)
         if self.is_whole:
             return self._model(input_ids=input_ids, use_cache=False).logits
         return outputs[0]
@@ -78,7 +78,7 @@ class Split:
         return None
 
     @torch.no_grad()
-    def _find_out(self, outputs: Any, input_ids: Tensor) -> None:
+    def _find_out(self, outputs: Any) -> None:
         """Whether the head on some positions gives what it gives on all, tried on a few."""
         self._answer = type(outputs)
         try:

@@ -68,7 +68,6 @@ class SourceWeights:
         self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
-        self.buffers: dict[str, Tensor] = {}  # integer tensors, which are copied, not merged
         for name, inputs in plan.load(plan.tensors):
             self._add(plan.tensors[name], inputs)
 
@@ -78,8 +77,7 @@ class SourceWeights:
             return
         first = tensors[self._plan.sources[rows[0]]]
         _require_one_shape(name, self._plan, tensors)
-        if not first.is_floating_point():
-            self.buffers[name] = first
+        if not first.is_floating_point():  # it is copied, not merged
             return
         if self._needs_base and self._plan.base not in tensors:
             raise DamError(
