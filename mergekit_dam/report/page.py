@@ -13,6 +13,7 @@ from mergekit_dam import inspection, summary, table
 from mergekit_dam.coefficients import CoefficientFile, Header
 from mergekit_dam.errors import DamError
 from mergekit_dam.output import write_text
+from mergekit_dam.summary import TensorStatistics
 
 GENERATOR = '<meta name="generator" content="mergekit-dam">'  # by which a page of ours is known
 TEMPLATE = Path(__file__).with_name("page.html")
@@ -41,8 +42,9 @@ def write_page(file: CoefficientFile, out: str, png: str | None = None) -> None:
     if not can_draw():
         raise DamError(HOW_TO_DRAW)
     require_replaceable(out)
-    plots = draw(file)
-    write_text(out, render(file, plots))
+    tensors = summary.statistics(file)
+    plots = draw(file, tensors)
+    write_text(out, render(file, tensors, plots))
     if png is not None:
         _write_plots(plots, Path(png))
 
@@ -72,11 +74,11 @@ class Plot:
         )
 
 
-def draw(file: CoefficientFile) -> dict[str, Plot]:
+def draw(file: CoefficientFile, tensors: list[TensorStatistics]) -> dict[str, Plot]:
     """All plots of a file by name; without those for which it has no numbers."""
     from mergekit_dam.report import plots
 
-    header, tensors = file.header, summary.statistics(file)
+    header = file.header
     cells, parts = summary.cells(tensors), summary.shares(summary.by_layer(tensors))
     edges, counts = summary.histogram(file, tensors)
     limits = plots.Limits.of(cells, middles(header))
@@ -96,13 +98,13 @@ def middles(header: Header) -> tuple[float, ...]:
     return tuple(source.teaches / len(header.teachers) for source in header.sources)
 
 
-def render(file: CoefficientFile, plots: dict[str, Plot]) -> str:
+def render(file: CoefficientFile, tensors: list[TensorStatistics], plots: dict[str, Plot]) -> str:
     """The page's text. Everything from the file is escaped."""
     from jinja2 import Environment, StrictUndefined
 
     from mergekit_dam.report.plots import colour
 
-    header, tensors = file.header, summary.statistics(file)
+    header = file.header
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
