@@ -35,7 +35,7 @@ dam:                                    # read by mergekit-dam alone
       path: code.jsonl
       text: content
       examples: 500
-  steps: 800
+  steps: 1200
   learning_rate: 0.01
   seed: 1
   train: {bias: false}

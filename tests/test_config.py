@@ -275,7 +275,7 @@ def test_yaml_1_1_reads_1e_3_as_text_and_we_do_not() -> None:
 
 
 def test_lengths_of_a_fit() -> None:
-    assert Settings(data=DATA).max_steps == 800
+    assert Settings(data=DATA).max_steps == 1200
     assert Settings(data=DATA, steps=0).max_steps == 0
     assert Settings(data=DATA, steps=7).max_steps == 7
     assert Settings(data=DATA, epochs=2).max_steps == -1

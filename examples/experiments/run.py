@@ -39,9 +39,9 @@ SCENARIOS: dict[str, Callable[[Path, int], Path]] = {
     "tied": tied.make,
     "lora": lora.make,
 }
-# Fits with every default but the steps: half of them, with which a fit reads about as many tokens
-# as `preset: paper` in its epoch; a tenth; and the start by least squares alone.
-FITS = {"dam half": {"steps": 400}, "dam short": {"steps": 80}, "dam start": {"steps": 0}}
+# Fits with every default but the steps: a third, with which a fit reads as many tokens as
+# `preset: paper` in its epoch; a fifteenth; and the start by least squares alone.
+FITS = {"dam third": {"steps": 400}, "dam short": {"steps": 80}, "dam start": {"steps": 0}}
 
 
 def run(
@@ -102,7 +102,7 @@ def tables(folder: Path) -> str:
 COLUMNS = ("merge", "KL", "agreement", "exact match", "retention", "forward", "backward", "tokens")
 SUMMARY = (
     "scenario", "best KL", "best exact match", "retention of dam", "KL of paper / dam",
-    "tokens of dam / paper", "KL of paper / half", "tokens of half / paper",
+    "tokens of dam / paper", "KL of paper / third", "tokens of third / paper",
     "KL of short / paper", "tokens of short / paper", "passes of evolution / dam",
     "KL of evolution / dam",
 )  # fmt: skip
@@ -170,8 +170,8 @@ def _summary(scenario: str, means: Mapping[str, Mapping[str, float]]) -> tuple[s
         f"{means['dam']['retention']:.3f}" if "dam" in means else "-",
         ratio("dam paper", "dam", "KL"),
         ratio("dam", "dam paper", "tokens"),
-        ratio("dam paper", "dam half", "KL"),
-        ratio("dam half", "dam paper", "tokens"),
+        ratio("dam paper", "dam third", "KL"),
+        ratio("dam third", "dam paper", "tokens"),
         ratio("dam short", "dam paper", "KL"),
         ratio("dam short", "dam paper", "tokens"),
         ratio("evolution", "dam", "forward"),

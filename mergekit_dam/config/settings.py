@@ -138,7 +138,7 @@ class Settings(Block):
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")
     steps: int | None = Field(
-        None, ge=0, description="optimiser steps; 800 unless `epochs` is given"
+        None, ge=0, description="optimiser steps; 1,200 unless `epochs` is given"
     )
     epochs: float | None = Field(
         None, gt=0, description="passes over the longest source's data, instead of `steps`"
@@ -277,4 +277,4 @@ class Settings(Block):
         """Optimiser steps, or -1 where `epochs` decides (the Trainer's convention)."""
         if self.epochs is not None:
             return -1
-        return 800 if self.steps is None else self.steps
+        return 1200 if self.steps is None else self.steps
