@@ -191,8 +191,12 @@ def is_hub_name(path: str) -> bool:
 
 def _hub_data(entries: Any) -> list[str]:
     paths = [e.get("path") for e in entries or () if isinstance(e, dict)]
-    kept = (p for p in paths if isinstance(p, str) and is_hub_name(p) and not is_local(p))
-    return list(dict.fromkeys(kept))
+    return list(dict.fromkeys(path for path in paths if is_hub_data(path)))
+
+
+def is_hub_data(path: Any) -> bool:
+    """Whether an entry's path is a data set's name on the Hub, as the fit reads it."""
+    return isinstance(path, str) and is_hub_name(path) and not is_local(path)
 
 
 def _link(model: ModelReference) -> str:

@@ -11,7 +11,6 @@ import yaml
 
 from mergekit_dam import card
 from mergekit_dam.coefficients import CoefficientFile, Header, save
-from mergekit_dam.config.data_settings import is_local
 from mergekit_dam.errors import DamError, in_one_line
 from mergekit_dam.hub import DEFAULT_NAME, parse
 from mergekit_dam.output import MERGE_RECORD
@@ -57,7 +56,7 @@ def published(header: Header, names: Mapping[str, str]) -> Header:
     fields = card.renamed(header.model_dump(mode="json"), names)
     for entry in fields["settings"].get("data") or ():
         path = entry.get("path") if isinstance(entry, dict) else None
-        if isinstance(path, str) and (is_local(path) or not card.is_hub_name(path)):
+        if isinstance(path, str) and not card.is_hub_data(path):
             entry["path"] = os.path.basename(path.rstrip("/"))
     return Header.model_validate(fields)
 

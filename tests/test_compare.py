@@ -448,13 +448,13 @@ def test_another_comparisons_folder_is_refused(compared, config, tmp_path):
 
 
 def test_other_fits_of_the_same_names_are_refused(config, tmp_path):
-    for steps in (0, 1):
+    def run_own(steps: int) -> None:
         fits = {"own": {"steps": steps, "start": "average"}}
-        if steps == 0:
-            run_compare(config, tmp_path / "out", only=["own"], fits=fits)
-            continue
-        with pytest.raises(DamError, match="holds a comparison of other"):
-            run_compare(config, tmp_path / "out", only=["own"], fits=fits)
+        run_compare(config, tmp_path / "out", only=["own"], fits=fits)
+
+    run_own(steps=0)
+    with pytest.raises(DamError, match="holds a comparison of other"):
+        run_own(steps=1)
 
 
 def test_another_source_of_the_same_name_is_refused(config, tmp_path):

@@ -54,54 +54,45 @@ class Outline:
     data: Sequence[SourceData]  # of each source, where all were read
 
     def foresee(self, settings: Settings) -> Forecast:
-        return _foresee(self.plan, settings, self.shapes, self.skeleton, self.device, self.data)
+        plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
+        numbers = counts(plan, settings, shapes, skeleton)
+        names = trained_tensors(skeleton, settings)
+        trained = sum(numbers.get(name, 0) for name in names)
+        dtype = choose_dtype(settings, shapes.dtypes(), self.device)
+        sizes = held(shapes, settings, skeleton)
+        work = foreseen_work(plan, settings, self.data)
+        trust_remote_code = plan.options.trust_remote_code
+        found = needs(
+            plan.model_config,
+            skeleton,
+            dtype,
+            work,
+            settings.objective,
+            coefficients=trained,
+            optimizer=_of_optimizer(plan, settings, trained),
+            trust_remote_code=trust_remote_code,
+        )
+        begins = None
+        if choose_start(settings, plan) == "least_squares":
+            rows, sources = start_rows(plan, settings, self.data), len(plan.sources)
+            begins = start_needs(
+                plan.model_config, skeleton, dtype, rows, names, sources,
+                trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        where = place(
+            settings,
+            self.device,
+            found,
+            sum(sizes.values()) + own_models(plan, shapes),
+            groups_of(skeleton, sizes),
+            begins,
+            made=sum(held(shapes, settings, skeleton, only_made=True).values()),
+            is_cast=shapes.dtypes() != {dtype},
+        )
+        return Forecast(numbers, trained, dtype, sizes, work, found, where)
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place
-
-
-def _foresee(
-    plan: Plan,
-    settings: Settings,
-    shapes: HeaderShapes,
-    skeleton: Skeleton,
-    device: str,
-    data: Sequence[SourceData],
-) -> Forecast:
-    numbers, names = counts(plan, settings, shapes, skeleton), trained_tensors(skeleton, settings)
-    trained = sum(numbers.get(name, 0) for name in names)
-    dtype = choose_dtype(settings, shapes.dtypes(), device)
-    sizes = held(shapes, settings, skeleton)
-    work = foreseen_work(plan, settings, data)
-    trust_remote_code = plan.options.trust_remote_code
-    found = needs(
-        plan.model_config,
-        skeleton,
-        dtype,
-        work,
-        settings.objective,
-        coefficients=trained,
-        optimizer=_of_optimizer(plan, settings, trained),
-        trust_remote_code=trust_remote_code,
-    )
-    begins = None
-    if choose_start(settings, plan) == "least_squares":
-        rows, sources = start_rows(plan, settings, data), len(plan.sources)
-        begins = start_needs(
-            plan.model_config, skeleton, dtype, rows, names, sources,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
-    where = place(
-        settings,
-        device,
-        found,
-        sum(sizes.values()) + own_models(plan, shapes),
-        groups_of(skeleton, sizes),
-        begins,
-        made=sum(held(shapes, settings, skeleton, only_made=True).values()),
-        is_cast=shapes.dtypes() != {dtype},
-    )
-    return Forecast(numbers, trained, dtype, sizes, work, found, where)
 
 
 def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, int]:
