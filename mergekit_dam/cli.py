@@ -136,6 +136,7 @@ def check(merge_options: MergeOptions, config: str, intermediate_dir: str | None
 @click.argument("config")
 @click.option("--out", required=True, help="Folder of the results; what is there is kept.")
 @click.option("--only", help="Merges to compare, with commas between them [default: all].")
+@click.option("--again", help="Merges to compute anew, with commas between them.")
 @click.option(
     "--search-rows",
     default=128,
@@ -155,6 +156,7 @@ def compare(
     config: str,
     out: str,
     only: str | None,
+    again: str | None,
     search_rows: int,
     evaluations: int,
 ) -> None:
@@ -172,11 +174,16 @@ def compare(
         out,
         merge_options,
         device=_fit_device(merge_options),
-        only=[name.strip() for name in only.split(",")] if only else (),
+        only=_names(only),
+        again=_names(again),
         search_rows=search_rows,
         evaluations=evaluations,
         say=(lambda text: None) if merge_options.quiet else click.echo,
     )
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
 
 
 for command in (check, fit, run, merge, compare, *file_commands.COMMANDS):

@@ -178,6 +178,29 @@ def test_called_again_it_computes_nothing(compared, config, monkeypatch):
     assert not any(line.startswith("linear:") for line in said)
 
 
+def test_merges_are_computed_anew_when_asked(compared, config, tmp_path):
+    _, whole, _ = compared
+    first, _ = run_compare(config, tmp_path, only=("linear", "karcher", "dam config"))
+    file = tmp_path / "dam_config.safetensors"
+    before, written = file.read_bytes(), file.stat().st_mtime_ns
+    again, said = run_compare(config, tmp_path, only=("linear",), again=("dam config", "karcher"))
+    assert file.read_bytes() == before and file.stat().st_mtime_ns > written
+    assert {e.name: e.scores for e in again.entries} == {e.name: e.scores for e in first.entries}
+    assert again.find("dam config").scores == whole.find("dam config").scores
+    anew = {name for name in SOME if any(line.startswith(f"{name}:") for line in said)}
+    assert anew == {"dam config", "karcher"}
+
+
+def test_a_folder_of_another_comparison_loses_nothing(compared, config):
+    out, *_ = compared
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(DamError, match="another folder"):
+        run_compare(config, out, search_rows=7, again=("linear", "dam config"))
+    with pytest.raises(DamError, match="no merge liner"):
+        run_compare(config, out, again=("liner",))
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_interrupted_it_goes_on(compared, config, tmp_path, monkeypatch):
     _, whole, _ = compared
     with monkeypatch.context() as patch:

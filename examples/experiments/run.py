@@ -9,9 +9,8 @@ written from what is there.
 """
 
 import argparse
-import shutil
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import close
@@ -48,7 +47,7 @@ def run(
     folder: Path,
     scenario: str,
     seed: int,
-    again: Iterable[str],
+    again: Sequence[str],
     only: Sequence[str],
     **settings: int,
 ) -> None:
@@ -56,29 +55,17 @@ def run(
     config = place / "config.yml"
     if not config.exists():
         config = SCENARIOS[scenario](place, seed)
-    _forget(place / "compared", again)
     compare(
         read_recipe(str(config)),
         str(place / "compared"),
         MergeOptions(quiet=True, lora_merge_cache=str(place / "lora")),
         device="cpu",
-        only=tuple(only),
+        only=only,
+        again=again,
         fits=FITS,
         say=lambda text: print(f"{scenario} {seed}: {text}", flush=True),
         **settings,
     )
-
-
-def _forget(folder: Path, names: Iterable[str]) -> None:
-    results = records.read(folder / RESULTS)
-    if results is None:
-        return
-    names = set(names)
-    kept = tuple(entry for entry in results.entries if entry.name not in names)
-    records.write(folder / RESULTS, results.model_copy(update={"entries": kept}))
-    for name in names:
-        for path in folder.glob(f"{name.replace(' ', '_')}.*"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # --- Tables ---------------------------------------------------------------------------------------

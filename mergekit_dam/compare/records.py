@@ -1,7 +1,7 @@
 """What a comparison writes down: one entry for each model and each merge, kept as they come."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,10 @@ class Results(Frozen):
     def with_entry(self, entry: Entry) -> "Results":
         kept = tuple(e for e in self.entries if (e.name, e.kind) != (entry.name, entry.kind))
         return self.model_copy(update={"entries": (*kept, entry)})
+
+    def without(self, merges: Collection[str]) -> "Results":
+        kept = tuple(e for e in self.entries if e.kind != "merge" or e.name not in merges)
+        return self.model_copy(update={"entries": kept})
 
     def find(self, name: str, kind: Kind = "merge") -> Entry | None:
         """A model may have the name of a method."""

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -47,6 +48,7 @@ def compare(
     *,
     device: str = "auto",
     only: Collection[str] = (),
+    again: Collection[str] = (),
     search_rows: int = 128,
     evaluations: int = 200,
     fits: Mapping[str, Mapping[str, Any]] | None = None,
@@ -54,9 +56,10 @@ def compare(
 ) -> Results:
     """Measure every model and every merge of a recipe; what is in `out` already is kept.
 
-    `only` are names of merges; none: all of them. `fits` are further fits: a name and what its
-    `dam:` block says beyond the data. Raises DamError for mistakes that concern the recipe; a
-    merge that cannot be made is left out, with the reason in its place.
+    `only` are names of merges; none: all of them. Those of `again` are computed anew, whatever
+    `only` says. `fits` are further fits: a name and what its `dam:` block says beyond the data.
+    Raises DamError for mistakes that concern the recipe; a merge that cannot be made is left out,
+    with the reason in its place.
     """
     if Path(out).exists() and not Path(out).is_dir():
         raise DamError(f"{out} is a file: give the name of a folder.")
@@ -71,7 +74,7 @@ def compare(
     )
     return _Comparison(
         recipe, Path(out), options, device, search_rows, evaluations, fits or {}, say
-    ).run(only)
+    ).run(only, again)
 
 
 class _Comparison:
@@ -99,13 +102,15 @@ class _Comparison:
         self._fits = {**self._standard_fits(document), **fits}
         self._results = self._begin(document)
 
-    def run(self, only: Collection[str]) -> Results:
+    def run(self, only: Collection[str], again: Collection[str]) -> Results:
         names = [*GRIDS, EVOLUTION, *self._fits]
-        if unknown := sorted(set(only) - set(names)):
+        if unknown := sorted({*only, *again} - set(names)):
             raise DamError(
                 f"There is no merge {unknown[0]} to compare: choose of {', '.join(names)}."
             )
-        names = [name for name in names if name in (only or names)]
+        if again:
+            self._forget(again)
+        names = [name for name in names if name in ({*only, *again} if only else names)]
         for name in names:  # before the ground is laid: a fit has the device to itself
             if name in self._fits and self._results.find(name) is None:
                 self._fit(name)
@@ -153,6 +158,14 @@ class _Comparison:
             [mergekit_dam.__version__, *map(version, ("mergekit", "torch", "transformers"))],
         ]
         return digest(same)
+
+    def _forget(self, names: Collection[str]) -> None:
+        self._results = self._results.without(names)
+        records.write(self._out / records.RESULTS, self._results)
+        for name in names:
+            self._cost_path(name).unlink(missing_ok=True)
+            Path(self._coefficients(name)).unlink(missing_ok=True)
+            shutil.rmtree(f"{self._coefficients(name)}.fit", ignore_errors=True)
 
     def _add(self, entry: Entry) -> None:
         self._results = self._results.with_entry(entry)
