@@ -12,7 +12,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
-from mergekit_dam.data import Row, SourceData
+from mergekit_dam.data import Row, SourceData, together
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import PADDING, ByLength, StepRows, batch, collate, groups
 from mergekit_dam.fit.objective import Distillation
@@ -63,6 +63,17 @@ def test_an_epoch_has_every_row_and_short_sources_begin_again(lengths, step, see
         seen = Counter(item[number] for item in items)
         assert set(seen) == set(range(len(own)))
         assert max(seen.values()) - min(seen.values()) <= 1
+
+
+@given(row_lengths, st.integers(0, 100))
+def test_rows_together_are_of_similar_length_and_within_bounds(lengths, positions) -> None:
+    rows = [Row([number] * length) for number, length in enumerate(lengths)]
+    found = list(together(rows, positions))
+    assert Counter(row.ids[0] for some in found for row in some) == Counter(range(len(rows)))
+    assert [len(row) for some in found for row in some] == sorted(lengths, reverse=True)
+    for some, later in zip(found, [*found[1:], []], strict=True):
+        assert len(some) == 1 or len(some) * len(some[0]) <= positions
+        assert not later or (len(some) + 1) * len(some[0]) > positions
 
 
 def test_the_order_is_that_of_seed_and_epoch() -> None:

@@ -29,7 +29,6 @@ def torchrun(*arguments: object) -> None:
 @pytest.mark.parametrize(
     "dam",
     [
-        {"offload": "none"},
         {"offload": "disk"},
         {"teacher": "cached", "start": "least_squares", "evaluate_every": 2},
     ],

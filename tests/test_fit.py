@@ -194,10 +194,9 @@ def kill_when(command: list[str], is_time) -> None:
         process.wait()
 
 
-@pytest.mark.parametrize("start", ["average", "least_squares"])
-def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path, start):
+def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
     dam = {"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3}
-    path = recipe(models, dam={**dam, "start": start})
+    path = recipe(models, dam={**dam, "start": "least_squares"})
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
     command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--out", str(broken), "--quiet"]

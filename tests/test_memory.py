@@ -14,7 +14,7 @@ from mergekit_dam.check import check
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import fit, stage
+from mergekit_dam.fit import chunks, fit, stage
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
@@ -25,7 +25,8 @@ from mergekit_dam.fit.optimizer import DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.place import choose_recompute, groups_of, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.headers import HeaderShapes
-from mergekit_dam.least_squares import least_squares
+from mergekit_dam.least_squares import least_squares, objective
+from mergekit_dam.least_squares import rows as calibration
 from mergekit_dam.model.activations import Activations
 from mergekit_dam.model.live import Live
 
@@ -40,7 +41,7 @@ STEPS = {
     "weights": (transformers.LlamaConfig(**SMALL), 8),
     "depth": (transformers.LlamaConfig(**{**SMALL, "num_hidden_layers": 12}), 64),
     "vocabulary": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 8192}), 128),
-    "chunks": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 70_000}), 600),
+    "chunks": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 8192}), 600),
     "tied": (transformers.LlamaConfig(**SMALL, tie_word_embeddings=True), 128),
     "shared heads": (transformers.Qwen2Config(**{**SMALL, "num_key_value_heads": 1}), 256),
     "gemma3": (transformers.Gemma3TextConfig(**SMALL, head_dim=64), 128),
@@ -54,6 +55,14 @@ STEPS = {
         200,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _chunks(request, monkeypatch):
+    """Pieces of a sixteenth, so that a small vocabulary goes in several."""
+    if "chunks" in request.node.name:
+        for module, name in ((chunks, "CHUNK"), (calibration, "LOGITS"), (objective, "PART")):
+            monkeypatch.setattr(module, name, getattr(module, name) // 16)
 
 
 def prepared(recipe, folder: Path, config, rows: list[list[Row]], **dam):

@@ -18,7 +18,7 @@ from mergekit_dam.compare.answers import Answer, exact_matches
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.compare.records import Cost, Scores
 from mergekit_dam.config import Recipe
-from mergekit_dam.data import Row, SourceData
+from mergekit_dam.data import Row, SourceData, together
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.evaluate import perplexity
@@ -29,7 +29,7 @@ from mergekit_dam.plan import Plan
 
 SHARE_FOR_FITS = 0.05  # of a fit's rows, which it holds out for itself
 BATCH_ELEMENTS = 2**24  # logits of a batch: 64 MB in float32
-BATCH_ROWS = 256
+BATCH_TOKENS = 2**12
 KEPT_ELEMENTS = 2**28  # teachers' logits that are kept: 1 GB in float32; others are made again
 
 Student = Callable[[], AbstractContextManager[MergedModel]]
@@ -188,8 +188,5 @@ def _batches(
     rows: Sequence[Row], source: int, vocabulary: int, device: str
 ) -> Iterator[dict[str, Tensor]]:
     """Rows of similar length together, as many as a batch of logits has room for."""
-    ordered = sorted(rows, key=len, reverse=True)
-    while ordered:
-        count = max(1, min(BATCH_ROWS, BATCH_ELEMENTS // (len(ordered[0]) * vocabulary)))
-        chosen, ordered = ordered[:count], ordered[count:]
-        yield {k: v.to(device) for k, v in batch(chosen, [source] * len(chosen)).items()}
+    for some in together(rows, min(BATCH_TOKENS, BATCH_ELEMENTS // vocabulary)):
+        yield {k: v.to(device) for k, v in batch(some, [source] * len(some)).items()}

@@ -3,6 +3,14 @@
 from mergekit_dam.data.benchmarks import benchmark_warning
 from mergekit_dam.data.load import SourceData, load_rows
 from mergekit_dam.data.read import files_of, is_missing
-from mergekit_dam.data.row import Row
+from mergekit_dam.data.row import Row, together
 
-__all__ = ["Row", "SourceData", "benchmark_warning", "files_of", "is_missing", "load_rows"]
+__all__ = [
+    "Row",
+    "SourceData",
+    "benchmark_warning",
+    "files_of",
+    "is_missing",
+    "load_rows",
+    "together",
+]

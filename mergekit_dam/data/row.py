@@ -1,5 +1,6 @@
 """A row as the model reads it."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 
@@ -18,3 +19,13 @@ class Row:
     def counted(self) -> int:
         """Positions that count: the last token predicts nothing."""
         return max(len(self) - 1 - self.start, 0)
+
+
+def together(rows: Iterable[Row], positions: int) -> Iterator[list[Row]]:
+    """Rows of similar length, the longest first; so many positions at a time at most, padding
+    among them, but a row at least."""
+    ordered, start = sorted(rows, key=len, reverse=True), 0
+    while start < len(ordered):
+        end = start + max(1, positions // len(ordered[start]))
+        yield ordered[start:end]
+        start = end

@@ -1,7 +1,7 @@
 """Which rows are computed together, so that little padding is computed."""
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -105,18 +105,6 @@ def groups(lengths: Sequence[int]) -> list[list[int]]:
         else:
             result.append([row])
     return result
-
-
-def passes(rows: Iterable[Row], tokens: int) -> Iterator[list[Row]]:
-    """Rows of similar length, so many tokens together at most, but a row at least."""
-    together: list[Row] = []
-    for row in sorted(rows, key=len):
-        if together and (len(together) + 1) * len(row) > tokens:
-            yield together
-            together = []
-        together.append(row)
-    if together:
-        yield together
 
 
 def _padding(lengths: Sequence[int]) -> float:

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
-from mergekit_dam.data import Row
-from mergekit_dam.fit.batches import batch, passes
+from mergekit_dam.data import Row, together
+from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.chunks import slices
 from mergekit_dam.fit.objective import among, row_states
 from mergekit_dam.model import Head, MergedModel
@@ -36,7 +36,7 @@ def _figures(
     merged: MergedModel,
     source: int,
     rows: Sequence[Row],
-    together: int,
+    at_once: int,
     at_head: int,
     known: Tensor | None,
 ) -> Figures:
@@ -44,7 +44,7 @@ def _figures(
     tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
     known = None if known is None else known.to(merged.device)
     heads = merged.head(), merged.head(source)
-    for some in passes(rows, together):
+    for some in together(rows, at_once):
         inputs = {k: v.to(merged.device) for k, v in batch(some, [source] * len(some)).items()}
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
         views = [(view, range(len(ids))) for view in (None, source)]

@@ -17,11 +17,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mergekit_dam.config import Settings
-from mergekit_dam.data import Row
+from mergekit_dam.data import Row, together
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit import processes
-from mergekit_dam.fit.batches import StepRows, batch, passes
+from mergekit_dam.fit.batches import StepRows, batch
 from mergekit_dam.fit.objective import row_states
 from mergekit_dam.fit.workload import items_of_a_fit
 from mergekit_dam.model import MergedModel
@@ -66,15 +66,15 @@ class KeptTeachers:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         files = [
-            (source, together)
+            (source, some)
             for source, own in enumerate(rows)
-            for together in passes({_key(row): row for row in own}.values(), TOKENS)
+            for some in together({_key(row): row for row in own}.values(), TOKENS)
         ]
-        for source, together in files[processes.rank() :: processes.count()]:
-            self._keep(source, together)
+        for source, some in files[processes.rank() :: processes.count()]:
+            self._keep(source, some)
         wait()
-        for source, together in files:  # the others', too, where their disk is not this one
-            self._keep(source, together)
+        for source, some in files:  # the others', too, where their disk is not this one
+            self._keep(source, some)
 
     def _keep(self, source: int, rows: Sequence[Row]) -> None:
         path = self._folder / f"{self._name(source, rows)}.safetensors"
@@ -84,10 +84,10 @@ class KeptTeachers:
 
     def _write(self, path: Path, source: int, rows: Sequence[Row]) -> None:
         tensors = {}
-        for together in passes(rows, self._tokens):
+        for some in together(rows, self._tokens):
             # Copies: rows that were computed together share their storage.
-            states = self._states(source, together)
-            tensors |= {_key(r): s.clone().cpu() for r, s in zip(together, states, strict=True)}
+            states = self._states(source, some)
+            tensors |= {_key(r): s.clone().cpu() for r, s in zip(some, states, strict=True)}
         if not self._merged.has_head(source):
             raise DamError(
                 "This model cannot be taken apart before its head, so its teachers' states cannot "

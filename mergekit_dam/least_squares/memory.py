@@ -48,14 +48,14 @@ def start_needs(
     text = config.get_text_config()
     found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]
     largest = max(found, key=_positions)
-    shape = (len(largest), len(largest[-1]))
+    shape = (len(largest), len(largest[0]))
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
             blocks = _pass(model, _solved(skeleton, trained), shape)
     except Exception:  # whatever stops such a run would not stop a real one
         blocks = _estimate(config, dtype.itemsize, _positions(largest))
-    is_padded = len(largest[0]) < len(largest[-1])
+    is_padded = len(largest[-1]) < len(largest[0])
     chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
     return StartNeeds(
         states=STATES * sum(map(_positions, found)) * text.hidden_size * dtype.itemsize,
@@ -65,7 +65,7 @@ def start_needs(
 
 
 def _positions(chunk: Sequence[Row]) -> int:
-    return len(chunk) * len(chunk[-1])
+    return len(chunk) * len(chunk[0])
 
 
 def _solved(skeleton: Skeleton, trained: Collection[str]) -> set[str]:

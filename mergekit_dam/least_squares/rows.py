@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from mergekit_dam.data import Row
+from mergekit_dam.data import Row, together
 
 CHECKED = 5  # every fifth row is kept for the choice of the ridge
 CHUNK = 4096  # tokens of a forward pass at most
@@ -16,10 +16,5 @@ def split(rows: Sequence[Row]) -> tuple[Sequence[Row], Sequence[Row]]:
 
 
 def chunks(rows: Sequence[Row], vocabulary: int) -> Iterator[Sequence[Row]]:
-    """Rows of similar length together, the longest at the end; a row that is too long, alone."""
-    rows, tokens = sorted(rows, key=len), min(CHUNK, LOGITS // vocabulary)
-    end = len(rows)
-    while end > 0:
-        size = max(1, tokens // len(rows[end - 1]))
-        yield rows[max(0, end - size) : end]
-        end -= size
+    """Those that go through the model together."""
+    return together(rows, min(CHUNK, LOGITS // vocabulary))
