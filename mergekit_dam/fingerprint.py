@@ -11,12 +11,21 @@ import os
 import struct
 import zipfile
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 from mergekit_dam.errors import DamError
 
 SAMPLE_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
+# Of a number; what other dtypes the format may get are left to its own reader.
+BITS = {
+    "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
+    "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8,
+    "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
+    "U32": 32, "I32": 32, "F32": 32,
+    "U64": 64, "I64": 64, "F64": 64, "C64": 64,
+}  # fmt: skip
 # In the order in which mergekit, and PEFT, look for them.
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -63,7 +72,7 @@ def is_whole(path: Path) -> bool:
     Raises DamError where even the header is damaged.
     """
     with path.open("rb") as file:
-        header = read_header(file, path)
+        header = _entries(file, path)
         ends = [entry["data_offsets"][1] for entry in header.values()]
         return path.stat().st_size == file.tell() + max(ends, default=0)
 
@@ -127,15 +136,23 @@ def _safetensors(path: Path) -> Iterator[str]:
 
 
 def read_header(file, path: Path) -> dict[str, dict]:
-    """The tensors in the header of an open safetensors file: {"dtype", "shape", "data_offsets"}.
+    """The tensors in the header of an open safetensors file: {"dtype", "shape", "data_offsets"},
+    which all lie within the file."""
+    header = _entries(file, path)
+    room = path.stat().st_size - file.tell()
+    if any(entry["data_offsets"][1] > room for entry in header.values()):
+        raise _cut_off(path)
+    return header
 
-    The header's length is checked before it is read.
-    """
+
+def _entries(file, path: Path) -> dict[str, dict]:
+    """The same, even where the file is too short. The header's length is checked before it is
+    read."""
     size = path.stat().st_size
     prefix = file.read(8)
     length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
     if length > min(size - 8, MAX_HEADER_BYTES):
-        raise DamError(f"{path} is not a safetensors file, or is cut off: download it again.")
+        raise _cut_off(path)
     try:
         header = json.loads(file.read(length))
         header.pop("__metadata__", None)
@@ -147,13 +164,24 @@ def read_header(file, path: Path) -> dict[str, dict]:
     return header
 
 
+def _cut_off(path: Path) -> DamError:
+    return DamError(f"{path} is not a safetensors file, or is cut off: download it again.")
+
+
 def _is_entry(entry: dict) -> bool:
     numbers = [*entry.get("shape", [None]), *entry.get("data_offsets", [None])]
     return (
         isinstance(entry.get("dtype"), str)
         and len(entry["data_offsets"]) == 2
         and all(isinstance(number, int) and number >= 0 for number in numbers)
+        and _holds_its_shape(entry)
     )
+
+
+def _holds_its_shape(entry: dict) -> bool:
+    begin, end = entry["data_offsets"]
+    bits = BITS.get(entry["dtype"])
+    return begin <= end and (bits is None or 8 * (end - begin) == bits * prod(entry["shape"]))
 
 
 def _archive(path: Path) -> Iterator[str]:

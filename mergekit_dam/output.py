@@ -64,7 +64,8 @@ def is_merged(out: str) -> bool:
 
 @contextmanager
 def appearing(out: str) -> Iterator[Path]:
-    """A folder beside `out` that takes its place at the end, and is gone after a failure.
+    """A folder beside `out` that takes its place at the end, and is gone after a failure; what was
+    there before is there still, or back.
 
     It has the name of `out`, after which mergekit calls the model in its card.
     """
@@ -83,7 +84,15 @@ def appearing(out: str) -> Iterator[Path]:
             os.replace(target, workplace / "replaced")
         os.replace(fresh, target)
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        _clear(workplace, target)
+
+
+def _clear(workplace: Path, target: Path) -> None:
+    """Should this be interrupted too, the earlier folder still is in the workplace."""
+    replaced = workplace / "replaced"
+    if replaced.exists() and not target.exists():
+        os.replace(replaced, target)
+    shutil.rmtree(workplace, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

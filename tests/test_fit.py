@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -9,6 +10,7 @@ import subprocess
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -24,6 +26,7 @@ from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row
 from mergekit_dam.fit import fit, stage
 from mergekit_dam.fit.batches import batch
+from mergekit_dam.fit.calibration import _go_as_far_as_helps
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
@@ -243,10 +246,24 @@ def test_a_start_that_was_killed_goes_on_as_the_same_fit_alone(recipe, models, t
     document = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**document, "dam": {**document["dam"], "seed": 9, "steps": 3}}))
     assert "begun with other settings (dam.seed, dam.steps" in refusal(*command, "--resume")
+    solved = (Path(f"{out}.fit") / PROGRESS).read_bytes()
+    message = refusal(*command)  # rather than lose what was solved
+    assert "interrupted in its least-squares start: continue it with --resume" in message
+    assert (Path(f"{out}.fit") / PROGRESS).read_bytes() == solved
+    shutil.rmtree(f"{out}.fit")
     run(*command)  # anew, with nothing of the other's
     begun = out.read_bytes()
     run(*command[:-1], "--out", tmp_path / "clean.safetensors", "--quiet")
     assert (tmp_path / "clean.safetensors").read_bytes() == begun
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_solution_of_no_divergence_is_not_gone_to(value):
+    """Nothing is below a NaN, and 0 times infinity is none of the start."""
+    coefficient, start = torch.tensor([value, 2.0]), torch.tensor([0.5, 0.5])
+    merged = SimpleNamespace(trained_coefficients=lambda: {"w": coefficient})
+    _go_as_far_as_helps(merged, {"w": start}, lambda: coefficient.sum().item())
+    assert torch.equal(coefficient, start)
 
 
 def test_killed_when_its_file_was_written_a_fit_leaves_nothing(

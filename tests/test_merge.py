@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import time
@@ -25,6 +26,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.output import appearing
 from mergekit_dam.plan import plan_merge
 
 QUIET = MergeOptions(quiet=True)
@@ -265,6 +267,31 @@ def test_a_merge_can_be_replaced(config, tmp_path):
     run("mergekit-dam", "merge", config, out, "--overwrite", "--quiet")
     tiny.load(out)
     assert not list(tmp_path.glob(".*partial*"))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("renames", [0, 1])
+@pytest.mark.parametrize("is_done", [False, True])
+def test_a_merge_that_cannot_be_replaced_is_back(tmp_path, monkeypatch, error, renames, is_done):
+    """Whatever comes before, between or after the renames of the old folder and the new one."""
+    out, rename, calls = tmp_path / "out", os.replace, []
+    out.mkdir()
+    (out / "which").write_text("old")
+
+    def fail(*paths):
+        calls.append(paths)
+        if len(calls) != renames + 1:
+            return rename(*paths)
+        if is_done:
+            rename(*paths)
+        raise error
+
+    with pytest.raises(error), appearing(str(out)) as fresh:
+        fresh.mkdir()
+        (fresh / "which").write_text("new")
+        monkeypatch.setattr(os, "replace", fail)
+    assert (out / "which").read_text() == ("new" if renames and is_done else "old")
+    assert not list(tmp_path.glob(".out.partial-*"))
 
 
 def test_a_folder_that_holds_an_input_is_never_replaced(config, models, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from mergekit_dam.coefficients import (
 )
 from mergekit_dam.convert import to_linear
 from mergekit_dam.errors import DamError
+from mergekit_dam.fingerprint import fingerprint, is_whole
 from mergekit_dam.summary import statistics
 
 MANY = settings(
@@ -154,6 +155,41 @@ def test_damaged_tensors(tmp_path: Path, whole: bytes, memory, data):
     path = tmp_path / "dam.safetensors"
     path.write_bytes(joined(header, body))
     use(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"data_offsets": [1, 0]}, "a damaged safetensors header"),
+        ({"data_offsets": [100, 0]}, "a damaged safetensors header"),
+        ({"data_offsets": [0, 4]}, "a damaged safetensors header"),
+        ({"shape": [2**62, 2**62]}, "a damaged safetensors header"),
+        ({"shape": [2**40], "data_offsets": [0, 2**42]}, "is cut off"),
+    ],
+    ids=str,
+)
+def test_a_source_whose_header_tells_lies(tmp_path: Path, whole: bytes, change: dict, told: str):
+    """Nothing is read by places that cannot be."""
+    header, body = parts(whole)
+    header["norm.weight"] |= change
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(joined(header, body))
+    with pytest.raises(DamError, match=told):
+        fingerprint(str(path))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape", "size"),
+    [("F4", [3, 2], 3), ("BOOL", [3], 3), ("F32", [0, 9], 0), ("F99", [1], 7)],
+)
+def test_sources_of_all_dtypes_are_read(tmp_path: Path, dtype: str, shape: list[int], size: int):
+    path = tmp_path / "model.safetensors"
+    entry = {"dtype": dtype, "shape": shape, "data_offsets": [0, size]}
+    path.write_bytes(joined({"w": entry}, bytes(size)))
+    assert len(fingerprint(str(path))[0]) == 32
+    assert is_whole(path)
+    path.write_bytes(path.read_bytes() + b"1")
+    assert not is_whole(path)
 
 
 JSON = st.recursive(

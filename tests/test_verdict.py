@@ -12,7 +12,7 @@ from mergekit_dam.coefficients import Figures
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit import verdict
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.verdict import at_start, warn_if_worse
+from mergekit_dam.fit.verdict import at_start, warn_if_kept, warn_if_worse
 
 SENTENCE = "Warning: The fit ends farther from its sources than it began"
 
@@ -52,6 +52,9 @@ def test_means_over_the_sources_are_compared(monkeypatch):
     warn_if_worse(figures_of(1.0, 2.0), figures_of(0.1, 3.0))
     assert "1.5500, 1.5000 at the start" in told.pop()
     warn_if_worse(figures_of(1.0, 2.0), figures_of(1.0, 2.0))
+    warn_if_kept(figures_of(1.0, 2.0), figures_of(0.5, 2.0))
+    assert not told
+    warn_if_kept(figures_of(1.0, 2.0), figures_of(1.0, 2.0))
     assert "its start, which is kept" in told.pop()
 
 

@@ -1,5 +1,6 @@
 """Held-out figures on the way of a fit: the best coefficients are kept, a stuck fit stops."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,6 +56,16 @@ def test_where_nothing_is_better_the_start_is_kept(recipe, models, tmp_path: Pat
     assert "Warning: No evaluation of the fit was better than its start, which is kept" in told
     results = CoefficientFile(tmp_path / "dam.safetensors").header.results
     assert results.fit == results.average
+
+
+@pytest.mark.parametrize("every", [None, 1])
+def test_no_evaluation_is_told_of_where_none_was_made(recipe, models, tmp_path, every) -> None:
+    """A model merged with its copy has a KL of 0 before and after."""
+    copy = Path(shutil.copytree(models[0], tmp_path / "copy"))
+    dam = {"steps": 2, "evaluate_every": every}
+    path = recipe([models[0], copy], dam=dam)
+    told = run("mergekit-dam", "fit", path, "--quiet", "--device", "cpu").stderr
+    assert ("No evaluation of the fit" in told) == bool(every)
 
 
 def test_a_fit_that_gets_no_better_stops(recipe, models, tmp_path: Path) -> None:

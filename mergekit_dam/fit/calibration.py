@@ -1,5 +1,6 @@
 """The least-squares start of a fit: its rows, its progress, and going on where it was killed."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -63,11 +64,14 @@ def _go_as_far_as_helps(
 
     def go(share: float) -> None:
         for name, coefficient in trained.items():
-            coefficient.data.copy_(torch.lerp(start[name], found[name], share))
+            # At 0 too, `lerp` of what is not finite is not.
+            value = torch.lerp(start[name], found[name], share) if share else start[name]
+            coefficient.data.copy_(value)
 
     def divergence_at(share: float) -> float:
         go(share)
-        return divergence()
+        found = divergence()
+        return found if math.isfinite(found) else math.inf  # nothing is below a NaN
 
     go(min(SHARES, key=divergence_at))
 

@@ -65,10 +65,18 @@ def require_place(folder: Path, *, resume: bool) -> None:
     """Raises DamError rather than lose an earlier fit, or what is no fit's."""
     if problem := foreign_problem(folder):
         raise DamError(f"{problem}.")
-    if last_checkpoint(folder) is not None and not resume:
+    if resume:
+        return
+    if last_checkpoint(folder) is not None:
         raise DamError(
             f"{folder} holds checkpoints of a fit that was interrupted: continue it with "
             "--resume, or remove the folder to start over."
+        )
+    # Another process may come here when the first one, which has looked, solves already.
+    if processes.is_main() and (folder / PROGRESS).exists():
+        raise DamError(
+            f"{folder} holds the solved part of a fit that was interrupted in its least-squares "
+            "start: continue it with --resume, or remove the folder to start over."
         )
 
 

@@ -31,7 +31,11 @@ def warn_if_worse(start: Sequence[Figures], end: Sequence[Figures]) -> None:
             after,
             before,
         )
-    elif after == before:  # of what was evaluated on the way the best is kept
+
+
+def warn_if_kept(start: Sequence[Figures], end: Sequence[Figures]) -> None:
+    """Of a fit that was evaluated on the way, whose best is kept."""
+    if mean_kl(end) == mean_kl(start):
         LOG.warning(
             "No evaluation of the fit was better than its start, which is kept: lower "
             "`dam.learning_rate`, or give more data."

@@ -12,7 +12,7 @@ from mergekit_dam.coefficients import Figures, HeldOut
 from mergekit_dam.config import Settings
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import keep, kept
-from mergekit_dam.fit.verdict import mean_kl
+from mergekit_dam.fit.verdict import mean_kl, warn_if_kept
 from mergekit_dam.model import MergedModel
 
 KEY = "held_out_kl_"  # and the source's number from 1, in the Trainer's logs
@@ -71,9 +71,11 @@ class Watch(TrainerCallback):
     ):
         self._trainer, self._evaluate, self._best = trainer, evaluate, best
         self._every, self._patience = settings.evaluate_every, settings.patience
+        self._start: Sequence[Figures] = ()
 
     def train(self, start: Sequence[Figures], checkpoint: str | None) -> None:
         """From a start with these figures, or on from a checkpoint."""
+        self._start = start
         if self._every and checkpoint is None:
             self._best.offer(start)
         if self._patience and self._best.is_known and checkpoint and self._had_ended(checkpoint):
@@ -85,7 +87,11 @@ class Watch(TrainerCallback):
     def end(self) -> Sequence[Figures]:
         """The figures of the coefficients that the fit ends with."""
         figures = self._evaluate()
-        return self._evaluate() if self._best.take(figures) else figures
+        if self._best.take(figures):
+            figures = self._evaluate()
+        if self._every and is_main():
+            warn_if_kept(self._start, figures)
+        return figures
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step % self._every == 0 and state.global_step < state.max_steps:
