@@ -115,9 +115,30 @@ def renamed(value: Any, names: Mapping[str, str]) -> Any:
 
 
 def unpublished(header: Header) -> list[str]:
-    """Models of the merge that nobody else can load: they are no names on the Hub."""
+    """Models of the merge that nobody else can load, those of its tokenizer too: they are no names
+    on the Hub."""
     merge = MergeConfiguration.model_validate(rebuilding(header, ""))
-    return [str(model) for model in _models(merge) if len(_hub_names([model])) < _parts(model)]
+    models = [*_models(merge), *map(ModelReference.parse, models_of_tokenizer(header))]
+    local = (str(model) for model in models if len(_hub_names([model])) < _parts(model))
+    return list(dict.fromkeys(local))
+
+
+def models_of_tokenizer(header: Header) -> list[str]:
+    """The models from which the merge takes its tokenizer, or single tokens."""
+    merge = header.merge
+    found = (merge.get("tokenizer"), merge.get("tokenizer_source"), header.tokenizer)
+    names = (name for value in found for name in _models_in(value))
+    return [name for name in dict.fromkeys(names) if name not in ("union", "base")]
+
+
+def _models_in(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key in ("source", "model"):
+            yield from _models_in(value.get(key))
+        for token in (value.get("tokens") or {}).values():
+            yield from _models_in(token)
 
 
 def _parts(model: ModelReference) -> int:

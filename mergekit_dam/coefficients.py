@@ -124,6 +124,9 @@ class Header(Frozen):
                 raise ValueError("the results are not one for each source")
         if self.formula == "task_vectors" and self.base is None:
             raise ValueError("task vectors without a base")
+        prepared = self.preparation
+        if prepared and (self.formula != "task_vectors" or prepared.counts() - {len(self.sources)}):
+            raise ValueError("the preparation is not of task vectors, one for each source")
         return self
 
 
@@ -162,7 +165,7 @@ def _earlier_names(path: Path) -> Iterator[Path]:
         yield path.with_suffix(f".previous-{number}{path.suffix}")
 
 
-def _short(text: Any) -> str:
+def short(text: Any) -> str:
     """What a file says of itself, for a message: it may be long, and hold anything."""
     shown = "".join(c if c.isprintable() else " " for c in str(text)[:200])
     return " ".join(shown.split())
@@ -183,7 +186,7 @@ class CoefficientFile:
             self._file = safetensors.safe_open(self.path, framework="pt")
         except (safetensors.SafetensorError, OSError) as error:
             raise DamError(
-                f"{path} is not a safetensors file ({_short(error)}): fit it again or download it "
+                f"{path} is not a safetensors file ({short(error)}): fit it again or download it "
                 "again."
             ) from None
         self.header = self._read_header(self._file.metadata() or {})
@@ -191,9 +194,11 @@ class CoefficientFile:
         for name in self.names:
             if not name.isprintable() or len(name) > LONGEST_NAME:
                 raise DamError(
-                    f"{path} holds a tensor with a name that no model has ({_short(name)}): fit it "
+                    f"{path} holds a tensor with a name that no model has ({short(name)}): fit it "
                     "again or download it again."
                 )
+            if self.header.preparation and name not in self.header.preparation.tensors:
+                raise DamError(f"{path} does not say how {name} was sparsified: fit it again.")
 
     def _read_header(self, metadata: Mapping[str, str]) -> Header:
         if METADATA_KEY not in metadata:
@@ -206,15 +211,15 @@ class CoefficientFile:
             version = fields.get("version")
             if version != FORMAT_VERSION:
                 raise DamError(
-                    f"{self.path} has format version {_short(version)}; this mergekit-dam reads "
+                    f"{self.path} has format version {short(version)}; this mergekit-dam reads "
                     f"version {FORMAT_VERSION}: update mergekit-dam, or fit the file again."
                 )
             return Header.model_validate(fields)
         except pydantic.ValidationError as error:
             first = error.errors()[0]
-            where = _short(".".join(map(str, first["loc"]))) or "the header"
+            where = short(".".join(map(str, first["loc"]))) or "the header"
             raise DamError(
-                f"{self.path} has damaged metadata ({where}: {_short(first['msg'])}): fit it again."
+                f"{self.path} has damaged metadata ({where}: {short(first['msg'])}): fit it again."
             ) from None
 
     def __contains__(self, name: str) -> bool:
@@ -233,7 +238,7 @@ class CoefficientFile:
                 tensor = self._file.get_tensor(name)
         except Exception as error:  # whatever a header can lie about
             raise DamError(
-                f"{self.path}: {name} cannot be read ({_short(error)}): fit it "
+                f"{self.path}: {name} cannot be read ({short(error)}): fit it "
                 "again or download it again."
             ) from None
         if tensor.dtype != torch.float32:

@@ -47,9 +47,10 @@ def require_name(repository: str) -> None:
 
 
 def published(header: Header, names: Mapping[str, str]) -> Header:
-    """The header as others may see it: models by their names on the Hub, and of local data files
-    the name alone, since folders tell more than is needed."""
+    """The header as others may see it: models by their names on the Hub, and of local files, of
+    data and of the start, the name alone, since folders tell more than is needed."""
     models = [source.reference for source in (*header.sources, header.base) if source]
+    models = list(dict.fromkeys([*models, *card.models_of_tokenizer(header)]))
     for name in names:
         if name not in (*models, header.merge.get("base_model")):
             raise DamError(f"{name} is none of the file's models: they are {', '.join(models)}.")
@@ -58,6 +59,8 @@ def published(header: Header, names: Mapping[str, str]) -> Header:
         path = entry.get("path") if isinstance(entry, dict) else None
         if isinstance(path, str) and not card.is_hub_data(path):
             entry["path"] = os.path.basename(path.rstrip("/"))
+    if isinstance(start := fields["settings"].get("start"), str):
+        fields["settings"]["start"] = os.path.basename(start)
     return Header.model_validate(fields)
 
 

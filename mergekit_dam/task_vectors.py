@@ -34,13 +34,17 @@ _RANDOM = threading.Lock()  # mergekit's masks come from the global generator; m
 class Parameters(pydantic.BaseModel, frozen=True, extra="forbid"):
     """One output tensor's, named as in mergekit's YAML; lists are in the order of the sources."""
 
-    weight: tuple[float, ...]
+    weight: tuple[pydantic.FiniteFloat, ...]
     density: tuple[float, ...]
     gamma: tuple[float, ...]
     epsilon: tuple[float, ...]
     normalize: bool
     rescale: bool
-    scale: float  # `lambda` in the YAML
+    scale: pydantic.FiniteFloat  # `lambda` in the YAML
+
+    def counts(self) -> set[int]:
+        """How long its lists are."""
+        return set(map(len, (self.weight, self.density, self.gamma, self.epsilon)))
 
 
 class Preparation(pydantic.BaseModel, frozen=True, extra="forbid"):
@@ -49,6 +53,19 @@ class Preparation(pydantic.BaseModel, frozen=True, extra="forbid"):
     method: Sparsify
     seed: int
     tensors: dict[str, Parameters]
+
+    @pydantic.model_validator(mode="after")
+    def _is_in_range(self) -> "Preparation":
+        for found in self.tensors.values():
+            if len(found.counts()) > 1:
+                raise ValueError("its lists are of different length")
+            if problem := _range_problem(self.method, found):
+                raise ValueError(problem)
+        return self
+
+    def counts(self) -> set[int]:
+        """For how many sources it is: one number, unless it is damaged."""
+        return set().union(*(found.counts() for found in self.tensors.values()))
 
 
 def resolve(
@@ -81,22 +98,25 @@ def resolve(
         rescale=given(shared, "rescale", False),
         scale=given(shared, "lambda", 1.0),
     )
-    _require_in_range(method, found)
+    if problem := _range_problem(method, found):
+        raise DamError(problem)
     return found
 
 
-def _require_in_range(method: Sparsify, found: Parameters) -> None:
+def _range_problem(method: Sparsify, found: Parameters) -> str:
+    """What mergekit's methods do not take; nothing where they take all."""
     for density, gamma, epsilon in zip(found.density, found.gamma, found.epsilon, strict=True):
         if not 0 < density <= 1:
-            raise DamError(f"`density` is {density:g}: give the share to keep, above 0, at most 1.")
+            return f"`density` is {density:g}: give the share to keep, above 0, at most 1."
         if not 0 <= gamma < 1:
-            raise DamError(f"`gamma` is {gamma:g}: give the share to drop, from 0 and below 1.")
+            return f"`gamma` is {gamma:g}: give the share to drop, from 0 and below 1."
         is_random = method.startswith("della") and density < 1
         if is_random and not 0 < density - epsilon <= density + epsilon < 1:
-            raise DamError(
+            return (
                 f"`epsilon` is {epsilon:g} at a `density` of {density:g}: their difference must be "
                 "above 0, and their sum below 1."
             )
+    return ""
 
 
 def prepare(

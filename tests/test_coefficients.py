@@ -285,6 +285,42 @@ def test_damaged_metadata_names_the_field(path: Path, change: dict, named: str) 
     assert f"damaged metadata ({named}: " in message
 
 
+def prepared(lists: dict | None = None, name: str = NAME, **fields: Any) -> dict:
+    """A header of sparsified task vectors, as a file holds it."""
+    own = {"weight": [0.5] * 2, "density": [0.3] * 2, "gamma": [0.0] * 2, "epsilon": [0.0] * 2}
+    own |= {"normalize": True, "rescale": False, "scale": 1.0, **(lists or {})}
+    fields = {"formula": "task_vectors", "base": SOURCES[0].model_dump(), **fields}
+    preparation = {"method": "ties", "seed": 0, "tensors": {name: own}}
+    return header().model_dump(mode="json") | {"preparation": preparation} | fields
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lists": {"weight": [0.5]}},
+        {"lists": {"density": []}},
+        {"lists": {key: [0.5] for key in ("weight", "density", "gamma", "epsilon")}},
+        {"lists": {"density": [0.3, 0.0]}},
+        {"lists": {"density": [0.3, float("nan")]}},
+        {"lists": {"gamma": [0.0, 1.0]}},
+        {"lists": {"scale": float("inf")}},
+        {"formula": "weights"},
+    ],
+    ids=str,
+)
+def test_a_preparation_that_is_damaged(path: Path, change: dict) -> None:
+    tensors = {NAME: torch.ones(2, 1, 5)}
+    assert CoefficientFile(write_raw(path, tensors, prepared())).header.preparation is not None
+    message = refusal(lambda: CoefficientFile(write_raw(path, tensors, prepared(**change))))
+    assert "has damaged metadata" in message
+
+
+def test_a_preparation_without_a_tensor(path: Path) -> None:
+    write_raw(path, {NAME: torch.ones(2, 1, 5)}, prepared(name="another"))
+    message = refusal(lambda: CoefficientFile(path))
+    assert f"does not say how {NAME} was sparsified: fit it again" in message
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", "null", '"text"'])
 def test_metadata_that_is_no_record(path: Path, text: str) -> None:
     write_raw(path, values(), metadata={module.METADATA_KEY: text})

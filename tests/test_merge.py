@@ -362,6 +362,18 @@ class TestRefusals:
         message = refusal("mergekit-yaml", config, tmp_path / "out")
         assert "is not a safetensors file" in message
 
+    def test_what_a_stranger_has_written_does_nothing_to_the_terminal(self, config, tmp_path):
+        file = CoefficientFile(tmp_path / "dam.safetensors")
+        evil = "\x1b[2J" + "x" * 5000
+        lies = {"tokenizer": evil, "settings": {**file.header.settings, "granularity": evil}}
+        tensors = {name: file.get(name) for name in file.names}
+        save(file.path, tensors, file.header.model_copy(update=lies))
+        result = run("mergekit-dam", "merge", config, tmp_path / "out", succeeds=False)
+        for name in ("tokenizer", "granularity"):
+            assert f"was fitted with `{name}: [2Jxxx" in result.stderr
+        assert "\x1b" not in result.stderr
+        assert len(result.stderr) < 2000
+
     def test_other_sources(self, config, tmp_path):
         other = tiny.save_model(tmp_path / "other", tiny.CONFIGS["llama"], seed=50)
         document = yaml.safe_load(config.read_text())

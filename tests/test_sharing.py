@@ -152,6 +152,33 @@ def test_what_is_published_tells_of_no_folder():
     assert "amy is none of the file's models" in caught.value.message
 
 
+def test_what_is_published_tells_of_no_start_and_no_tokenizer():
+    local = "/home/amy/tokens"
+    one = header("amy/m", settings={"start": "/home/amy/secret/first.safetensors"}, tokenizer=local)
+    one = one.model_copy(update={"merge": {**one.merge, "tokenizer_source": local}})
+    assert card.unpublished(published(one, {})) == [local]
+    public = published(one, {local: "amy/tokens"})
+    assert card.unpublished(public) == []
+    assert "/home/amy" not in public.model_dump_json()
+    assert public.settings["start"] == "first.safetensors"
+    assert published(header("amy/m", settings={"start": "average"}), {}).settings == {
+        "start": "average"
+    }
+
+
+@pytest.mark.parametrize(
+    "token",
+    [{"source": "./b"}, {"source": {"kind": "model_token", "model": "./b", "token": "<b>"}}],
+    ids=str,
+)
+def test_models_of_single_tokens_are_unpublished_too(token: dict):
+    one = header("amy/m")
+    tokenizer = {"source": "union", "tokens": {"<a>": token, "<c>": {"source": "amy/m"}}}
+    one = one.model_copy(update={"merge": {**one.merge, "tokenizer": tokenizer}})
+    assert card.unpublished(one) == ["./b"]
+    assert "**./b** is a local path" in card.of_file(one, "me/c")
+
+
 # ---- push
 
 

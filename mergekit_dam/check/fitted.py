@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from mergekit.config import MergeConfiguration
 
-from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.coefficients import CoefficientFile, short
 from mergekit_dam.config import Settings, tokenizer_of
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.hub import open_coefficients
@@ -25,7 +25,7 @@ def _setting_problems(
         pairs.append(("granularity", fitted, now["granularity"]))
     for name, was, is_now in pairs:
         if was != is_now:
-            yield f"{file.path} was fitted with `{name}: {was}`, not {is_now}: fit it again"
+            yield f"{file.path} was fitted with `{name}: {short(was)}`, not {is_now}: fit it again"
 
 
 def file_problems(
