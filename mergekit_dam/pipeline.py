@@ -11,7 +11,7 @@ from mergekit_dam.config import Recipe, Step, is_chain, read_chain, read_recipe
 from mergekit_dam.config.recipe import read_documents
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
-from mergekit_dam.fit.processes import is_main
+from mergekit_dam.fit.processes import is_main, wait_for
 from mergekit_dam.merging import inputs, merge
 from mergekit_dam.output import is_merged, require_free
 from mergekit_dam.steps import check_chain, label_of, made_of, stale, waits_for
@@ -75,7 +75,7 @@ def run(
         raise DamError(f"{config}: every merge has a `name`: the last one, for {out}, has none.")
     check_chain(config, steps, folder, options, device=device)  # before hours of work
     for step in steps:
-        if step.name is None:
+        if step.name is None and is_main():
             require_free(out, overwrite=overwrite, inputs=inputs(step.recipe))
     for step in steps:
         if step.name is None:
@@ -107,15 +107,18 @@ def check_file(
 
 
 def _run_step(step: Step, out: str, options: MergeOptions, *, say: Say, **arguments) -> None:
-    """An intermediate merge, unless it is there already."""
+    """An intermediate merge, unless it is there already. Processes of torchrun share its fit; then
+    the first one merges, and the others wait, since the next step reads it."""
     if not is_merged(out):
         _run(
             step.recipe, out, options, overwrite=False, made_of=made_of(step), say=say, **arguments
         )
+        wait_for(out, lambda: is_merged(out))
         return
     for problem in stale(step, out):  # an input that was not there when the chain was checked
         raise DamError(f"{step.recipe.path}: {problem}.")
-    say(f"{step.name} is in {out} already.")
+    if is_main():
+        say(f"{step.name} is in {out} already.")
 
 
 def _run(
@@ -129,7 +132,8 @@ def _run(
     say: Say,
     made_of: Mapping[str, str] | None = None,
 ) -> None:
-    require_free(out, overwrite=overwrite, inputs=inputs(recipe))
+    if is_main():  # which may have merged already when another process comes here
+        require_free(out, overwrite=overwrite, inputs=inputs(recipe))
     results = ""
     if recipe.merge.merge_method == "dam":
         results = fit_checked(recipe, None, options, device=device, resume=resume) + "\n\n"

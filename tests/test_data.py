@@ -16,6 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from mergekit_dam.config import DataSettings, Settings
 from mergekit_dam.config.data_settings import is_local
 from mergekit_dam.data import Row, SourceData, benchmark_warning, load_rows
+from mergekit_dam.data import load as loading
+from mergekit_dam.data.load import share_out
 from mergekit_dam.errors import DamError
 
 BOS, EOS = 1, 2
@@ -44,8 +46,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture
-def load(tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path) -> Load:
-    """Loads rows that it writes as jsonl, or a path, with the entry's and the fit's settings."""
+def load(
+    tokenizers: dict[str, PreTrainedTokenizerBase], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Load:
+    """Loads rows that it writes as jsonl, or a path, with the entry's and the fit's settings.
+
+    Rows that are all equal cannot be shared out, so that they are not: what a row becomes is the
+    same.
+    """
+    share = loading.share_out
+
+    def share_if_possible(rows: list[Row], *arguments: Any) -> SourceData:
+        is_one = len(rows) > 1 and all(row == rows[0] for row in rows)
+        return SourceData(rows, []) if is_one else share(rows, *arguments)
+
+    monkeypatch.setattr(loading, "share_out", share_if_possible)
 
     def run(
         rows: list[dict] | Path, *, chat: bool = False, fit: dict | None = None, **entry: Any
@@ -357,8 +372,38 @@ def test_held_out_rows_are_not_the_files_first(load: Load) -> None:
 
 
 def test_one_row_cannot_be_shared(load: Load) -> None:
-    with pytest.raises(DamError, match="one row only"):
+    with pytest.raises(DamError, match=r"one row only in which anything counts.*`max_length`"):
         load([{"text": "ab"}])
+
+
+def test_what_equals_a_held_out_row_is_not_trained_on(load: Load) -> None:
+    rows = [{"text": text} for text in ("ab", "cd", "ef")] * 4
+    data = load(rows, held_out=0.1)
+    (own,) = data.held_out
+    assert len(data.train) == 8
+    assert own not in data.train
+    assert load(rows, held_out=0.1) == data
+
+
+def test_rows_that_count_differently_are_not_equal() -> None:
+    rows = [Row([1, 2, 3], 0), Row([1, 2, 3], 1)]
+    assert share_out(rows, 0.5, "d").train == rows[1:]
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([], "d has no row in which anything counts: raise `max_length`, or use `loss_on: all`."),
+        ([Row([1, 2])] * 5, "d has no row that differs from those held out, within `max_length`"),
+        # The rest of one text is beyond the length.
+        ([Row([1, 2]), Row([1, 2], is_cut=True)], "d has no row that differs"),
+    ],
+    ids=["none", "equal", "cut"],
+)
+def test_rows_that_cannot_be_shared(rows: list[Row], told: str) -> None:
+    with pytest.raises(DamError) as caught:
+        share_out(rows, 0.2, "d")
+    assert told in caught.value.message
 
 
 def test_a_named_split_is_held_out(load: Load, tmp_path: Path) -> None:

@@ -1,18 +1,24 @@
-"""Two processes of torchrun against one at the same global batch."""
+"""Two processes of torchrun: a fit is that of one at the same global batch, a chain of merges goes
+through, and neither waits for ever."""
 
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import tiny
 import torch
+import yaml
 from commands import run
 
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.errors import DamError
+from mergekit_dam.fit import processes
+from mergekit_dam.fit.processes import wait_for
 
 
-def torchrun(*arguments: object) -> None:
+def torchrun(*arguments: object) -> str:
     """Two processes on the CPU, each with a thread of its own."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launch, "-m", "mergekit_dam"]
@@ -24,6 +30,7 @@ def torchrun(*arguments: object) -> None:
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 @pytest.mark.parametrize(
@@ -55,3 +62,43 @@ def test_two_processes_fit_what_one_does(recipe, tmp_path, dam):
     curve, other = (file.header.results.history for file in (first, second))
     assert [point.step for point in curve] == [point.step for point in other]
     assert [point.loss for point in curve] == pytest.approx([p.loss for p in other], rel=1e-4)
+
+
+def test_a_chain_waits_for_its_merges_and_rows(tmp_path):
+    """One process merges and writes rows; the other's next step reads what comes of it."""
+    m0, m1 = map(str, tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2))
+    soup = {"name": "soup", "merge_method": "linear", "dtype": "float32"}
+    soup["models"] = [{"model": name, "parameters": {"weight": 1.0}} for name in (m0, m1)]
+    fitted = {
+        "merge_method": "dam",
+        "models": [{"model": "soup"}, {"model": m1}],
+        "parameters": {"coefficients": str(tmp_path / "dam.safetensors")},
+        "dtype": "float32",
+        "dam": {"steps": 2, "batch_size": 1, "data": {"generate": 12}, "max_length": 16},
+    }
+    (tmp_path / "chain.yml").write_text(yaml.safe_dump_all([soup, fitted]))
+    said = torchrun("run", tmp_path / "chain.yml", tmp_path / "out", "--device", "cpu")
+    assert said.count("The merged model is in") == 2
+    for folder in ("out", "out.steps/soup"):
+        tiny.load(tmp_path / folder)
+
+
+def test_who_waits_says_so_and_ends(tmp_path, monkeypatch):
+    told, path = [], tmp_path / "rows"
+    monkeypatch.setattr(processes.LOG, "warning", lambda text, *values: told.append(text % values))
+    threading.Timer(0.3, path.touch).start()
+    wait_for(path, path.exists, pause=0.01)
+    assert not told
+    monkeypatch.setattr(processes, "PATIENCE", 0)
+    monkeypatch.setattr(processes, "LIMIT", 0.2)
+    with pytest.raises(DamError, match="nothing did not appear within"):
+        wait_for("nothing", lambda: False, pause=0.01)
+    assert told == ["Process 0 waits for nothing, which the main process makes."]
+
+
+def test_who_waits_ends_with_what_has_launched_it(monkeypatch):
+    launchers = iter([4, 4, 1, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(launchers))
+    with pytest.raises(DamError, match="what launched the processes has ended"):
+        wait_for("nothing", lambda: False, pause=0.01)
+    wait_for("something", lambda: True)

@@ -1,5 +1,6 @@
 """What `check` shows of the data."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,8 @@ def tokenizer(tmp_path):
 
 
 def test_check_shows_a_row_of_every_source(recipe, models, tmp_path):
-    rows = [{"prompt": "ab=", "completion": "cd"}] * 19 + [{"prompt": "ab=", "completion": "c" * 9}]
+    rows = [{"prompt": "ab=", "completion": f"c{letter}"} for letter in tiny.LETTERS[:19]]
+    rows.append({"prompt": "ab=", "completion": "c" * 9})
     path = tiny.write_jsonl(tmp_path / "rows.jsonl", rows)
     data = [{"source": str(m), "path": str(path)} for m in models]
     data[1]["loss_on"] = "completion"
@@ -36,9 +38,9 @@ def test_check_shows_a_row_of_every_source(recipe, models, tmp_path):
         ": 18 rows to train on and 2 held out; 141 tokens (7 a row, at most 8); 5% of the rows are "
         "cut to their length"
     )
-    assert row == "  | <bos>ab=cd<eos>"
+    assert re.fullmatch(r"  \| <bos>ab=c\w<eos>", row)
     assert "; 61 predictions count; " in shown[1]
-    assert shown[1].rstrip().endswith("| <bos>ab=▸cd<eos>")
+    assert re.search(r"\| <bos>ab=▸c\w<eos>$", shown[1].rstrip())
 
 
 def test_a_long_row_is_cut_to_a_screen(tokenizer):

@@ -56,8 +56,7 @@ def _kept_apart(
     rows: Sequence[Row], held_out: Sequence[Row], entry: DataSettings, split: str
 ) -> SourceData:
     """Splits may have rows in common, which are held out then."""
-    own = {(tuple(row.ids), row.start) for row in held_out}
-    train = [row for row in rows if (tuple(row.ids), row.start) not in own]
+    train = _others(rows, held_out)
     if not train:
         raise DamError(
             f"All rows of {entry.path} (split {entry.split}) are held out by `held_out: {split}`: "
@@ -67,11 +66,31 @@ def _kept_apart(
 
 
 def share_out(rows: Sequence[Row], share: float, name: str) -> SourceData:
-    """The first rows are held out, at least one; `name` is for the message."""
-    if len(rows) < 2:
-        raise DamError(f"{name} has one row only: the held-out share needs another.")
+    """The first rows are held out, at least one, and what equals them is not trained on; `name` is
+    for the messages."""
+    if not rows:
+        raise DamError(
+            f"{name} has no row in which anything counts: raise `max_length`, or use "
+            "`loss_on: all`."
+        )
+    if len(rows) == 1:
+        raise DamError(
+            f"{name} has one row only in which anything counts: the held-out share needs another; "
+            "add rows, raise `max_length`, or use `loss_on: all`."
+        )
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    return SourceData(train=rows[count:], held_out=rows[:count])
+    train = _others(rows[count:], rows[:count])
+    if not train:
+        raise DamError(
+            f"{name} has no row that differs from those held out, within `max_length`: add other "
+            "rows, or lower `held_out`."
+        )
+    return SourceData(train=train, held_out=list(rows[:count]))
+
+
+def _others(rows: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
+    own = {(tuple(row.ids), row.start) for row in held_out}
+    return [row for row in rows if (tuple(row.ids), row.start) not in own]
 
 
 def _rows(entry: DataSettings, split: str, settings: Settings, reader: Reader) -> list[Row]:

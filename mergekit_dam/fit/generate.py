@@ -3,7 +3,6 @@
 import hashlib
 import json
 import re
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from mergekit_dam.data import SourceData
 from mergekit_dam.data.load import share_out
 from mergekit_dam.data.written import load_written, save_written
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.processes import is_main
+from mergekit_dam.fit.processes import is_main, wait_for
 from mergekit_dam.fit.sample import Sampler
 from mergekit_dam.model.whole import load_whole
 from mergekit_dam.opening import load_tokenizer
@@ -131,5 +130,4 @@ def write_if_missing(generation: Generation, merge: MergeConfiguration, device: 
         generation.write(merge, device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # of the model that is gone
-    while not path.exists():
-        time.sleep(1)
+    wait_for(path, path.exists)

@@ -1,6 +1,15 @@
 """The processes that share a fit, as torchrun and `accelerate launch` tell them."""
 
+import logging
 import os
+import time
+from collections.abc import Callable
+
+from mergekit_dam.errors import DamError
+
+LOG = logging.getLogger(__name__)
+PATIENCE = 60  # seconds without a word
+LIMIT = 24 * 3600  # what a merge or the writing of rows takes at most
 
 
 def rank() -> int:
@@ -18,3 +27,27 @@ def on_this_machine() -> int:
 def is_main() -> bool:
     """Only one process writes the coefficient file and prints the table."""
     return rank() == 0
+
+
+def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:
+    """Wait for what the main process makes: a file or folder that appears when it is whole.
+
+    Where the main process fails, torchrun ends this one too. Raises DamError where torchrun itself
+    is gone, or nothing comes.
+    """
+    begin, launcher, has_told = time.monotonic(), os.getppid(), False
+    while not is_there():
+        waited = time.monotonic() - begin
+        if os.getppid() != launcher:
+            raise DamError(
+                f"{path} was not made: what launched the processes has ended; start again."
+            )
+        if waited > LIMIT:
+            raise DamError(
+                f"{path} did not appear within {LIMIT // 3600} hours: look what the main process "
+                "does, and whether all processes see the same disk."
+            )
+        if waited > PATIENCE and not has_told:
+            LOG.warning("Process %d waits for %s, which the main process makes.", rank(), path)
+            has_told = True
+        time.sleep(pause)
