@@ -15,10 +15,11 @@ from mergekit_dam.least_squares import objective
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
 from mergekit_dam.model.activations import without_storage
-from mergekit_dam.model.live import Live
+from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
-STATES = 4  # of each token: of the embedding and of the last block, in the merge and in the source
+PATHS = 2  # of each chunk: the merge's and the source's
+STATES = 2  # of each token on a path: of the embedding and of the last block
 KINDS = 2  # of rows, each with sums of its own
 MADE = 2  # of a part of a weight: its product, and that with what a source has for it
 
@@ -52,13 +53,15 @@ def start_needs(
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            blocks = _pass(model, _solved(skeleton, trained), shape)
+            blocks, masks = _pass(model, _solved(skeleton, trained), shape)
     except Exception:  # whatever stops such a run would not stop a real one
-        blocks = _estimate(config, dtype.itemsize, _positions(largest))
+        blocks, masks = _estimate(config, dtype.itemsize, _positions(largest)), 0
     is_padded = len(largest[-1]) < len(largest[0])
     chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
+    states = STATES * sum(map(_positions, found)) * text.hidden_size * dtype.itemsize
+    masks = masks * sum(map(_pairs, found)) // _pairs(largest)
     return StartNeeds(
-        states=STATES * sum(map(_positions, found)) * text.hidden_size * dtype.itemsize,
+        states=PATHS * (states + masks),
         block=max(chunk.of(block) for block in blocks),
         copies=len(rows) * max(block.size for block in blocks),
     )
@@ -66,6 +69,11 @@ def start_needs(
 
 def _positions(chunk: Sequence[Row]) -> int:
     return len(chunk) * len(chunk[0])
+
+
+def _pairs(chunk: Sequence[Row]) -> int:
+    """Of positions in a row, for which a mask has a number each."""
+    return _positions(chunk) * len(chunk[0])
 
 
 def _solved(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
@@ -127,11 +135,21 @@ class Chunk:
 class _Watch:
     """Sees the blocks of a pass."""
 
-    def __init__(self, live: Live):
+    def __init__(self, live: Live, is_eager: bool):
+        self._is_eager = is_eager
         self.seen: list[Seen] = []
         self._live, self._start, self._input = live, 0, None
+        self._beside: dict[Any, int] = {}  # storage -> its bytes
 
-    def before(self, block: nn.Module, args: tuple) -> None:
+    @property
+    def masks(self) -> int:
+        """Bytes of what all blocks are given beside the states. Only `eager` attention needs a mask
+        where a row has no padding on its left; the others make one of tensors without storage."""
+        return sum(self._beside.values()) if self._is_eager else 0
+
+    def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        storages = (tensor.untyped_storage() for tensor in tensors((args[1:], kwargs)))
+        self._beside |= {storage: storage.nbytes() for storage in storages}
         self.seen.append(Seen(sum(p.nbytes for p in block.parameters())))
         self._live.most = self._start = self._live.now
 
@@ -149,18 +167,21 @@ class _Watch:
         groups[-1].outputs.append(outputs)
 
 
-def _pass(model: nn.Module, solved: Collection[str], shape: tuple[int, int]) -> list[Seen]:
-    """The blocks, in the order in which rows go through them."""
+def _pass(
+    model: nn.Module, solved: Collection[str], shape: tuple[int, int]
+) -> tuple[list[Seen], int]:
+    """The blocks, in the order in which rows go through them, and the bytes of masks and the like
+    that all of them are given."""
     with Live() as live, torch.no_grad():
-        watch = _Watch(live)
+        watch = _Watch(live, model.config._attn_implementation == "eager")
         for _, block in blocks_of(model):
-            block.register_forward_pre_hook(watch.before)
+            block.register_forward_pre_hook(watch.before, with_kwargs=True)
             block.register_forward_hook(watch.after)
         for path, layer in model.named_modules():
             if path in solved and isinstance(layer, nn.Linear | Conv1D):
                 layer.register_forward_pre_hook(watch.layer)
         model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-    return watch.seen
+    return watch.seen, watch.masks
 
 
 def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen]:

@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """The bytes that tensors made inside of this context (and in this thread) have together,
+    """The bytes that tensors made inside of this context have together,
     exactly: without an allocator's rounding and what it keeps. Tensors without storage count as if
     they had it."""
 
@@ -17,9 +17,9 @@ class Live(TorchDispatchMode):
         self.most, self.now, self._sizes = 0, 0, {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
         result = operation(*args, **(kwargs or {}))
-        for tensor in _tensors(result):
+        for tensor in tensors(result):
             if tensor.untyped_storage()._cdata not in given:
                 self._count(tensor.untyped_storage())
         return result
@@ -36,5 +36,6 @@ class Live(TorchDispatchMode):
         self.now -= self._sizes.pop(key)
 
 
-def _tensors(tree: object) -> list[torch.Tensor]:
+def tensors(tree: object) -> list[torch.Tensor]:
+    """All tensors in lists, dicts and the like."""
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]

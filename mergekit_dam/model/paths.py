@@ -1,20 +1,18 @@
 """Several forward passes through one model that wait for each other at every block.
 
-Each pass has a thread of its own, of which one runs at a time: a generator would do, could it be
-carried through a model's own code. Whoever drives them sees the arguments with which every pass
-arrives at a block, runs the block for each as often as it likes, and hands the outputs back. So
-what a block needs is there once for all passes.
+Each pass is a greenlet, a generator that can be left in the midst of a model's own code. Whoever
+drives them sees the arguments with which every pass arrives at a block, runs the block for each as
+often as it likes, and hands the outputs back. So what a block needs is there once for all passes.
 """
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from queue import SimpleQueue
 from typing import Any, Literal
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from mergekit_dam.model.block import Block
@@ -22,10 +20,6 @@ from mergekit_dam.model.block import Block
 # Whose weights a pass sees: a source's (its number), the merge's, the plain average's, or weights
 # that are given: output tensor -> S.
 View = int | Literal["merge", "average"] | Mapping[str, Tensor]
-
-
-class _Stop(BaseException):
-    """Ends a pass that nobody needs any longer."""
 
 
 @dataclass
@@ -51,57 +45,34 @@ class Path:
         self.input_ids, self.view, self._has_gradients = input_ids, view, has_gradients
         self.arrival: Arrival | None = None  # None at the end
         self.result: Any = None  # the model's, at the end
-        self._arrived: SimpleQueue = SimpleQueue()
-        self._outputs: SimpleQueue = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, args=(model,), daemon=True)
+        self._pass = greenlet(model)
 
     def start(self) -> None:
-        self._thread.start()
-        self._wait()
+        """Run to the first block."""
+        self._pass.parent = getcurrent()  # who drives, and not who has made it
+        self._run(self.input_ids)
 
     def go_on(self, output: Any) -> None:
-        """Hand back the output of the block and wait until the pass arrives at the next."""
-        self._outputs.put(output)
-        self._wait()
+        """Hand back the output of the block and run to the next."""
+        self._run(output)
 
     def stop(self) -> None:
-        if self._thread.is_alive():  # never before it has arrived somewhere
-            self._outputs.put(_Stop())
-            self._thread.join()
+        if self._pass:  # has begun and not ended
+            self._pass.throw()
 
-    def arrive(self, block: Block, args: tuple, kwargs: dict) -> Any:
-        """Called in the thread of the pass, in place of a block."""
-        self._arrived.put(Arrival(block, args, kwargs))
-        output = self._outputs.get()
-        if isinstance(output, _Stop):
-            raise output
-        return output
-
-    def _wait(self) -> None:
-        self.arrival = self._arrived.get()
-        if isinstance(self.arrival, BaseException):
-            raise self.arrival
-
-    def _run(self, model: Callable[[Tensor], Any]) -> None:
-        _current.path = self
-        try:
-            if self.input_ids.is_cuda:  # a thread begins with the first device
-                torch.cuda.set_device(self.input_ids.device)
-            with torch.set_grad_enabled(self._has_gradients):
-                self.result = model(self.input_ids)
-            self._arrived.put(None)
-        except _Stop:
-            pass
-        except BaseException as error:  # whoever drives waits for something
-            self._arrived.put(error)
-
-
-_current = threading.local()
+    def _run(self, value: Any) -> None:
+        # Whether gradients are wanted is kept for a thread, of which all passes are part.
+        with torch.set_grad_enabled(self._has_gradients):
+            reached = self._pass.switch(value)
+        if self._pass.dead:
+            self.arrival, self.result = None, reached
+        else:
+            self.arrival = reached
 
 
 def arrive(block: Block, args: tuple, kwargs: dict) -> Any:
-    """What a block's call is to be in the threads of the passes."""
-    return _current.path.arrive(block, args, kwargs)
+    """What a block's call is to be in a pass."""
+    return getcurrent().parent.switch(Arrival(block, args, kwargs))
 
 
 @contextmanager

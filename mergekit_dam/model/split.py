@@ -7,9 +7,9 @@ is: once with its inner model cut short, once with its inner model answering the
 """
 
 import functools
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -28,9 +28,9 @@ class Split:
         self._model, inner = model, model.base_model
         self._answer: type | None = None  # what the inner model returns
         self.is_whole = inner is model
-        # What the inner model does instead of its own `forward`, in a thread: passes may run in
-        # several.
-        self._instead, self._forward = threading.local(), inner.forward
+        # What the inner model does instead of its own `forward`; each pass has a context.
+        self._instead: ContextVar[Callable[..., Any]] = ContextVar("instead", default=inner.forward)
+        self._forward = inner.forward
         self._inside = frozenset(map(id, inner.modules()))
         if not self.is_whole:
             inner.forward = self._answered()
@@ -38,7 +38,7 @@ class Split:
     def _answered(self) -> Callable[..., Any]:
         @functools.wraps(self._forward)  # models look at the arguments that it takes
         def forward(*args, **kwargs):
-            return getattr(self._instead, "forward", self._forward)(*args, **kwargs)
+            return self._instead.get()(*args, **kwargs)
 
         return forward
 
@@ -101,12 +101,12 @@ class Split:
 
     @contextmanager
     def _answering(self, forward: Callable[..., Any]) -> Iterator[None]:
-        """A context in which, in this thread, `forward` is the inner model's own."""
-        self._instead.forward = forward
+        """Within it, and in this pass, `forward` is the inner model's own."""
+        before = self._instead.set(forward)
         try:
             yield
         finally:
-            del self._instead.forward
+            self._instead.reset(before)
 
 
 class _Reached(Exception):
