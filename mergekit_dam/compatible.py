@@ -5,7 +5,6 @@ mergekit refuses them too; here the sentence names the models and the remedy.
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from mergekit.architecture import ModelArchitecture, arch_info_for_config
 from mergekit.common import ModelReference
@@ -15,12 +14,19 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import parts_of
 from mergekit_dam.config.recipe import match_reference
+from mergekit_dam.differences import config_differences
 from mergekit_dam.errors import DamError
+
+DEQUANTISE = (
+    "dequantise it first (load it in transformers with the library that its quantisation needs, "
+    "then `model.dequantize()` and `model.save_pretrained(FOLDER)`), or give the model that it was "
+    "made of"
+)
 
 
 def require_compatible(merge: MergeConfiguration, options: MergeOptions) -> None:
-    """Raise DamError for a source listed twice, for other architectures and other depths, and for
-    modules that are too many or too few.
+    """Raise DamError for a source listed twice, for quantised models, for other architectures and
+    other depths, and for modules that are too many or too few.
 
     Shapes are not compared: they are in the weights' headers, which `check` reads.
     """
@@ -33,7 +39,10 @@ def require_compatible(merge: MergeConfiguration, options: MergeOptions) -> None
             model: model.config(trust_remote_code=options.trust_remote_code)
             for model in [*itertools.chain(*lists), *base]
         }
+        _require_unquantised(configs)
         architectures = {model: arch_info_for_config(config) for model, config in configs.items()}
+    except DamError:
+        raise
     except Exception:  # a model that cannot be opened is named by the planning
         return
     if not all(architectures.values()):  # mergekit infers one from the tensors' names
@@ -75,6 +84,18 @@ def _require_distinct(models: Sequence[ModelReference]) -> None:
                 f"The model {model} is listed twice{other}, and mergekit takes every source once: "
                 "keep one entry, to which the fit can give as much weight as two."
             )
+
+
+def _require_unquantised(configs: Mapping[ModelReference, PretrainedConfig]) -> None:
+    """Of quantised weights mergekit would take the codes for the numbers that they stand for."""
+    for model, config in configs.items():
+        for part in (config, config.get_text_config()):
+            if settings := getattr(part, "quantization_config", None):
+                method = dict(settings).get("quant_method", "by an unnamed method")
+                raise DamError(
+                    f"{model} is quantised ({method}, says `quantization_config` of its "
+                    f"config.json), and a merge needs its weights as numbers: {DEQUANTISE}."
+                )
 
 
 def _require_one_architecture(
@@ -159,45 +180,21 @@ def _require_one_depth(
     )
 
 
-# What differs between configs of models that compute alike.
-IRRELEVANT_KEYS = {
-    "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache",
-    "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "initializer_range",
-}  # fmt: skip
-
-
-def config_differences(first: PretrainedConfig, second: PretrainedConfig) -> list[str]:
-    """Keys in which two configs differ such that the same weights compute something else."""
-    one, other = (_flat(config.to_dict()) for config in (first, second))
-    return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-
-
-def _flat(config: Mapping, prefix: str = "") -> dict[str, Any]:
-    result = {}
-    for key, value in config.items():
-        if key in IRRELEVANT_KEYS:
-            continue
-        if isinstance(value, Mapping):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = value
-    return result
-
-
 def require_one_config(merge: MergeConfiguration, options: MergeOptions) -> None:
     """Without a base mergekit takes the merge's config from a model at random; that is well
     where they are alike."""
     if merge.base_model is not None:
         return
     first, *others = sorted(merge.referenced_models(), key=str)
-    config = first.config(options.trust_remote_code)
+    trusts = options.trust_remote_code
+    config = first.config(trusts)
     is_aligned = merge.tokenizer or merge.tokenizer_source
     for other in others:
-        found = other.config(options.trust_remote_code)
+        found = other.config(trusts)
         # The number of layers is the slices' to say.
         keys = [
             key
-            for key in config_differences(config, found)
+            for key in config_differences(config, found, trust_remote_code=trusts)
             if not key.endswith(("num_hidden_layers", "layer_types"))
         ]
         sizes = (c.get_text_config().vocab_size for c in (config, found))

@@ -13,18 +13,24 @@ from mergekit.common import ModelReference
 from mergekit.io.tasks import LoaderCache
 from transformers import PretrainedConfig
 
-from mergekit_dam.compatible import config_differences, differing_shapes
+from mergekit_dam.compatible import DEQUANTISE, differing_shapes
+from mergekit_dam.differences import config_differences
 from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import read_header
 from mergekit_dam.plan import Plan
 
 LAYER = re.compile(r"\.\d+\.")
-BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2,
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COPIED = {  # as buffers, and not merged
+    "BOOL": torch.bool, "U8": torch.uint8, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "C64": torch.complex64,
 }  # fmt: skip
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
-KINDS = {code: dtype for dtype, code in DTYPES.items()}
+QUANTISED = ("F8", "F6", "F4", "torch.")  # the last in a `.bin`, of what has no code here
+CODES = {dtype: code for code, dtype in (FLOATS | COPIED).items()}
+# By a header's word for it, or the YAML's.
+KINDS = FLOATS | {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS.values()}
+BYTES = {word: dtype.itemsize for word, dtype in KINDS.items()}
 
 
 class HeaderShapes:
@@ -57,9 +63,10 @@ class HeaderShapes:
         found = set()
         for name, output in self._plan.tensors.items():
             kinds = {
-                _dtype(self._plan.dtype or e["dtype"]) for e in self._entries(name, models).values()
+                KINDS.get(self._plan.dtype or entry["dtype"])
+                for entry in self._entries(name, models).values()
             }
-            kinds = {kind for kind in kinds if kind and kind.is_floating_point}
+            kinds = {kind for kind in kinds if kind}
             if output.out_dtype or kinds:
                 found.add(output.out_dtype or functools.reduce(torch.promote_types, kinds))
         return found
@@ -89,7 +96,8 @@ class HeaderShapes:
 
     def _is_made(self, name: str, entry: dict | None) -> bool:
         """Whether mergekit makes a source's tensor of what its file holds."""
-        is_cast = self._plan.dtype and entry and _dtype(entry["dtype"]) != _dtype(self._plan.dtype)
+        cast = KINDS.get(self._plan.dtype or "")
+        is_cast = cast and entry and KINDS.get(entry["dtype"]) != cast
         return entry is None or bool(is_cast) or self._is_aligned(name)
 
     def whole(self, model: ModelReference) -> int:
@@ -117,8 +125,18 @@ class HeaderShapes:
 
     def problems(self) -> Iterator[str]:
         """What the headers tell of sources that do not fit together, the first of each sort."""
+        if unfit := next(self._unfit(), None):  # what is quantised may have other shapes, too
+            yield unfit
+            return
         yield from itertools.islice(self._missing(), 1)
         yield from itertools.islice(self._differing(), 1)
+
+    def _unfit(self) -> Iterator[str]:
+        models = {**self._models, **self._origin}
+        for name in self._plan.tensors:
+            for model, entry in self._entries(name, models).items():
+                if problem := _unfit(model, name, entry["dtype"]):
+                    yield problem
 
     def _missing(self) -> Iterator[str]:
         for name, output in self._plan.tensors.items():
@@ -144,8 +162,9 @@ class HeaderShapes:
                 "architecture, unless the files are incomplete"
             )
         where = ""
-        if others and (options := config_differences(config, others[0].config(trust))):
-            where = f" ({others[0]} has it; their configs differ in {', '.join(options[:3])})"
+        other = others[0].config(trust) if others else config
+        if keys := config_differences(config, other, trust_remote_code=trust):
+            where = f" ({others[0]} has it; their configs differ in {', '.join(keys[:3])})"
         return (
             f"{model} has no tensor {name}, which the merge needs{where}: choose models of one "
             "architecture with the same options, and layers that they have"
@@ -195,6 +214,20 @@ class HeaderShapes:
         return self._plan.tensors[name].is_aligned
 
 
+def _unfit(model: ModelReference, name: str, code: str) -> str | None:
+    """Why a tensor of this dtype is none to merge; buffers of integers, masks say, are copied."""
+    if code in FLOATS or (code in COPIED and not name.endswith("weight")):
+        return None
+    if code not in COPIED and not code.startswith(QUANTISED):
+        return (
+            f"{model} holds {name} as {code}, which is no dtype of safetensors: download it again"
+        )
+    return (
+        f"{model} holds {name} as {code}, and a merge needs floating-point numbers of at least 16 "
+        f"bits: {DEQUANTISE}"
+    )
+
+
 def require_files(model: ModelReference) -> None:
     """Raises DamError for a model that is incomplete."""
     for path in _files(model):
@@ -220,17 +253,12 @@ def _headers(model: ModelReference) -> dict[str, dict]:
     return result
 
 
-def _dtype(name: str) -> torch.dtype | None:
-    """Of a header's or the YAML's word for it."""
-    return KINDS.get(name) or getattr(torch, name, None)
-
-
 def _archive_header(path: Path) -> dict[str, dict]:
     """The same of a `.bin` file: on the meta device its tensors are read without their values."""
     tensors = torch.load(path, map_location="meta", weights_only=True)
     tensors = tensors.get("state_dict", tensors)  # as mergekit reads it
     return {
-        name: {"dtype": DTYPES.get(tensor.dtype, ""), "shape": list(tensor.shape)}
+        name: {"dtype": CODES.get(tensor.dtype, str(tensor.dtype)), "shape": list(tensor.shape)}
         for name, tensor in tensors.items()
         if isinstance(tensor, torch.Tensor)
     }

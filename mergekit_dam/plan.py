@@ -24,8 +24,9 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from mergekit_dam.adapters import with_lora_cache
-from mergekit_dam.compatible import config_differences, require_compatible
+from mergekit_dam.compatible import require_compatible
 from mergekit_dam.config import parts_of
+from mergekit_dam.differences import config_differences
 from mergekit_dam.errors import DamError, in_one_line
 from mergekit_dam.formula import Formula
 from mergekit_dam.method import TO_BE_FITTED
@@ -82,11 +83,16 @@ class Plan:
     def is_whole(self, source: ModelReference) -> bool:
         """Whether the merged model's skeleton with the source's tensors is the source: its config
         is the merge's, and each of its layers is in the merge in its own place."""
-        own = source.config(self.options.trust_remote_code)
-        return not config_differences(own, self.model_config) and all(
+        return not self.differing_keys(source) and all(
             source in output.inputs and output.name in output.inputs[source]
             for output in self.tensors.values()
         )
+
+    def differing_keys(self, source: ModelReference) -> list[str]:
+        """In which the source's config asks for other computations than the merge's."""
+        trusts = self.options.trust_remote_code
+        own = source.config(trusts)
+        return config_differences(own, self.model_config, trust_remote_code=trusts)
 
     def known_tokens(self, source: ModelReference) -> Tensor | None:
         """The merge's token ids that a source knows, ascending; None where it knows all."""

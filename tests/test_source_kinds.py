@@ -150,6 +150,39 @@ def test_two_copies_of_one_source(merged, tmp_path):
     merged([*models, Path(shutil.copytree(models[0], tmp_path / "copy"))])
 
 
+def edit_config(folder: Path, **keys) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
+    return folder
+
+
+@shows(
+    "sources",
+    "fine-tunes whose config.json has other keys without an effect",
+    "Unsloth's, dropout, labels, `max_position_embeddings`: one layout",
+)
+def test_a_config_with_other_keys(merged, tmp_path):
+    """Without a base, too, and by least squares, which compares layer with layer."""
+    first, second, third = tiny.save_models(tmp_path, tiny.CONFIGS["qwen2"], 3)
+    edit_config(first, max_position_embeddings=32, max_window_layers=1, use_mrope=False)
+    edit_config(second, unsloth_version="2025.1", unsloth_fixed=True, attention_dropout=0.1)
+    labels = {"id2label": {"0": "good"}, "label2id": {"good": 0}, "auto_map": {"AutoModel": "a.B"}}
+    edit_config(third, **labels, use_flash_attention_2=True, pretraining_tp=2)
+    merged([first, second, third], dam={"start": "least_squares", "steps": 1})
+
+
+def test_a_source_that_is_held_twice_is_told(recipe, tmp_path):
+    first, second = tiny.save_models(tmp_path, LLAMA, 2)
+    edit_config(second, rms_norm_eps=0.5, unsloth_version="2025.1")
+    path = recipe([first, second], base_model=str(first), dam={"start": None})
+    told = run("mergekit-dam", "check", path).stdout
+    assert (
+        f"{second} is held twice, within the merge and as a model of its own: its config.json "
+        "differs from the merge's in rms_norm_eps\nso the fit starts from the average: "
+    ) in told
+    assert f"{first} is held" not in told
+
+
 # ---- refused before any weight is loaded
 
 
@@ -336,3 +369,74 @@ def test_missing_weights_of_one_layer(check, save):
             write(tensors, second / file)
     message = check([first, second])
     assert f"{second} has no tensor {name}" in message
+
+
+QUANTISED = "dequantise it first (load it in transformers"
+
+
+@shows(
+    "refused sources",
+    "a quantised model, by its config (FP8, bitsandbytes, GPTQ, AWQ, MXFP4), the base's too",
+    "the model, the method; `model.dequantize()`",
+)
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq", "awq", "mxfp4"])
+@pytest.mark.parametrize("role", ["source", "base"])
+def test_a_quantised_config(check, recipe, tmp_path, method, role):
+    first, second = tiny.save_models(tmp_path, LLAMA, 2)
+    edit_config(second, quantization_config={"quant_method": method})
+    models, keys = (
+        ([first], {"base_model": str(second)}) if role == "base" else ([first, second], {})
+    )
+    message = check(models, **keys)
+    assert f"{second} is quantised ({method}, says `quantization_config`" in message
+    assert QUANTISED in message
+    for command in ("fit", "run"):
+        out = [tmp_path / "out"] * (command == "run")
+        assert QUANTISED in refusal("mergekit-dam", command, recipe(models, **keys), *out)
+
+
+@shows(
+    "refused sources",
+    "quantised weights under a config that does not say so",
+    "the model, the first such tensor, its dtype; `model.dequantize()`",
+)
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(torch.float8_e4m3fn, "F8_E4M3"), (torch.int8, "I8"), (torch.uint8, "U8")]
+)
+def test_quantised_weights(check, tmp_path, dtype, code):
+    first, second = tiny.save_models(tmp_path, LLAMA, 2)
+    name, path = "model.layers.1.mlp.up_proj.weight", second / "model.safetensors"
+    tensors = load_file(path)
+    packed = tensors[name].to(dtype)
+    tensors[name] = packed.reshape(-1, 1) if dtype == torch.uint8 else packed  # as 4-bit ones are
+    save_file(tensors, path)
+    message = check([first, second])
+    assert f"{second} holds {name} as {code}" in message
+    assert QUANTISED in message
+    assert "shapes" not in message
+    assert f"{second} holds {name} as" in check([first, pickle(second)])
+
+
+@pytest.mark.parametrize("word", ["load", "int8", ""])
+def test_a_dtype_that_is_none(check, tmp_path, word):
+    """`torch` has functions of some such names; a shard is not opened before its header is read."""
+    first, second = tiny.save_models(tmp_path, LLAMA, 2)
+    index = json.loads((shard(second) / "model.safetensors.index.json").read_text())
+    name = "model.layers.0.mlp.up_proj.weight"
+    path = second / index["weight_map"][name]
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header[name]["dtype"] = word
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+    told = f"{second} holds {name} as {word}, which is no dtype of safetensors: download it again."
+    assert told in check([first, second])
+
+
+def test_buffers_of_integers_are_no_quantised_weights(merged, tmp_path):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["gpt2"], 2)
+    for path in (model / "model.safetensors" for model in models):
+        mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8).tril()
+        save_file({**load_file(path), "transformer.h.0.attn.bias": mask}, path)
+    merged(models)

@@ -11,11 +11,12 @@ from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.forecast import Outline, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
-from mergekit_dam.fit.start import trained_tensors
+from mergekit_dam.fit.start import choose_start, trained_tensors
 from mergekit_dam.fit.teachers import rows_of_a_fit
 from mergekit_dam.fit.trainer import KEPT
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import Recompute, Skeleton
+from mergekit_dam.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Estimate:
     has_base: bool  # whether the base has coefficients, too
     output_tensors: int
     trained_tensors: int
+    held_twice: tuple[str, ...]  # which sources are, and why
     unreached_tensors: int  # in the file and the merge, but no text reaches them
     coefficients: int  # numbers in the file
     trained: int  # of them trained
@@ -49,6 +51,7 @@ class Estimate:
             f"{self.sources} sources{' and the base' if self.has_base else ''}, "
             f"{self.output_tensors} output tensors, "
             f"{self.trained_tensors} of them with trained coefficients",
+            *self.held_twice,
             f"{self.unreached_tensors} output tensors keep their start, since no text reaches them"
             if self.unreached_tensors
             else None,
@@ -78,6 +81,7 @@ def estimate(outline: Outline, settings: Settings) -> Estimate:
         has_base=plan.has_base,
         output_tensors=len(found.numbers),
         trained_tensors=len(trained_tensors(skeleton, settings)),
+        held_twice=tuple(_held_twice(plan, settings)),
         unreached_tensors=len(found.numbers.keys() - skeleton.roles.keys()),
         coefficients=coefficients,
         trained=found.trained,
@@ -93,6 +97,18 @@ def estimate(outline: Outline, settings: Settings) -> Estimate:
         place=found.place,
         lack=lack(found.place, settings, outline.place),
     )
+
+
+def _held_twice(plan: Plan, settings: Settings) -> Iterator[str]:
+    """Of each source that is a model of its own beside the merge: why; and what follows."""
+    others = [source for source in plan.teachers if not plan.is_whole(source)]
+    for source in others:
+        reason = "its layers are not those of the merge"
+        if keys := ", ".join(plan.differing_keys(source)[:3]):
+            reason = f"its config.json differs from the merge's in {keys}"
+        yield f"{source} is held twice, within the merge and as a model of its own: {reason}"
+    if others and settings.start is None and choose_start(settings, plan) == "average":
+        yield "so the fit starts from the average: least squares compares layer with layer"
 
 
 def misfits(settings: Settings, shapes: HeaderShapes, skeleton: Skeleton) -> Iterator[str]:
