@@ -23,6 +23,7 @@ Granularity = Literal["column", "row", "tensor", "element"]
 FORMULAS: tuple[str, ...] = get_args(Formula)
 GRANULARITIES: tuple[str, ...] = get_args(Granularity)
 CACHED = 2**18  # numbers that are worked on at once on a CPU: 1 MB in float32
+PASSING = 2**24  # and elsewhere, where no kernel does it
 
 
 def coefficient_shape(
@@ -105,12 +106,12 @@ class _Combine(torch.autograd.Function):
         if kernels := _kernels(sources[0].device):
             return kernels.combine(coefficients, sources, base, dtype, prepared=prepared)
         merged = torch.empty_like(sources[0], dtype=dtype)
-        for part in _parts(merged):
+        for part in pieces(merged):
             _combine_part(
-                _cut(merged, part),
-                [_cut(c, part) for c in coefficients],
-                [_cut(source, part) for source in sources],
-                None if base is None else _cut(base, part),
+                cut(merged, part),
+                [cut(c, part) for c in coefficients],
+                [cut(source, part) for source in sources],
+                None if base is None else cut(base, part),
                 prepared,
             )
         return merged
@@ -128,20 +129,20 @@ class _Combine(torch.autograd.Function):
 def _gradient(
     gradient: Tensor, sources: Sequence[Tensor], base: Tensor | None, shape: Sequence[int]
 ) -> Tensor:  # [N, *B], which is `shape`
-    parts, accumulator = list(_parts(gradient)), _accumulator(sources)
+    parts, accumulator = list(pieces(gradient)), _accumulator(sources)
     # Rows that share coefficients are first added up part to part, in one pass over each source.
     is_shared = len(parts) > 1 and gradient.dim() == 2 and shape[1] == 1
-    each = _cut(gradient, parts[0]).shape if is_shared else shape[1:]
+    each = cut(gradient, parts[0]).shape if is_shared else shape[1:]
     sums = torch.zeros(len(sources), *each, dtype=accumulator, device=gradient.device)
     for part in parts:
-        outer = _cut(gradient, part).to(accumulator)
-        subtracted = None if base is None else _cut(base, part)
+        outer = cut(gradient, part).to(accumulator)
+        subtracted = None if base is None else cut(base, part)
         for total, source in zip(sums, sources, strict=True):
-            difference = _difference(_cut(source, part), subtracted)
+            difference = _difference(cut(source, part), subtracted)
             if is_shared:
                 total[: len(outer)].addcmul_(outer, difference)
             else:
-                total = _cut(total, part)
+                total = cut(total, part)
                 total += (outer * difference).sum_to_size(total.shape)
     return torch.stack([total.sum_to_size(tuple(shape[1:])) for total in sums])
 
@@ -169,22 +170,23 @@ def _combine_part(
         out.copy_(merged)
 
 
-def _parts(whole: Tensor) -> Iterator[tuple[slice | int, ...]]:
-    """Rows of a tensor, as many as stay in a CPU's cache between one operation and the next."""
-    if whole.device.type != "cpu" or whole.numel() <= CACHED or whole.dim() < 2:
+def pieces(whole: Tensor) -> Iterator[tuple[slice | int, ...]]:
+    """Rows of a tensor, as many as are worked on at a time."""
+    most = CACHED if whole.device.type == "cpu" else PASSING
+    if whole.numel() <= most or whole.dim() < 2:
         yield ()
         return
     row = whole.numel() // len(whole)
-    if row > CACHED and whole.dim() > 2:  # a stack of matrices
+    if row > most and whole.dim() > 2:  # a stack of matrices
         for index in range(len(whole)):
-            yield from ((index, *part) for part in _parts(whole[index]))
+            yield from ((index, *part) for part in pieces(whole[index]))
         return
-    step = max(1, CACHED // row)
+    step = max(1, most // row)
     for start in range(0, len(whole), step):
         yield (slice(start, start + step),)
 
 
-def _cut(tensor: Tensor, part: tuple[slice | int, ...]) -> Tensor:
+def cut(tensor: Tensor, part: tuple[slice | int, ...]) -> Tensor:
     """A part of a tensor, or what is broadcast to it; a view."""
     for axis in part:
         if len(tensor) == 1:
@@ -197,6 +199,12 @@ def alignment(
     first: Tensor, second: Tensor, base: Tensor | None, shape: Sequence[int]
 ) -> Tensor:  # B
     """Cosine of D_i and D_j over the axes that B sums up: of their columns, for `column`."""
-    d, e = (_difference(source, base).float() for source in (first, second))
-    dot, dd, ee = (x.sum_to_size(tuple(shape)) for x in (d * e, d * d, e * e))
+    sums = torch.zeros(3, *shape, device=first.device)
+    for piece in pieces(first):
+        subtracted = None if base is None else cut(base, piece)
+        d, e = (_difference(cut(source, piece), subtracted).float() for source in (first, second))
+        for total, product in zip(sums, (d * e, d * d, e * e), strict=True):
+            own = cut(total, piece)
+            own += product.sum_to_size(own.shape)
+    dot, dd, ee = sums
     return dot / (dd * ee).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

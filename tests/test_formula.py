@@ -217,8 +217,12 @@ def test_autograd_saves_no_product(formula: str) -> None:
     assert [parent.variable is coefficients for parent in parents] == [True]
 
 
+@pytest.mark.parametrize("at_once", [formula_module.CACHED, 5])
 @FORMULA
-def test_alignment_is_the_cosine_of_what_two_coefficients_scale(formula: str) -> None:
+def test_alignment_is_the_cosine_of_what_two_coefficients_scale(
+    formula: str, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formula_module, "CACHED", at_once)
     _, (first, second, _), base = example("linear", "column", formula)
     d, e = (x if base is None else x - base for x in (first, second))
     expected = (d * e).sum(0, keepdim=True) / (d.norm(dim=0) * e.norm(dim=0))

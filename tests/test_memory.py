@@ -1,6 +1,7 @@
 """What a fit takes, as it is predicted and as it is."""
 
 import itertools
+import math
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from mergekit_dam.check import check
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import chunks, fit, stage
+from mergekit_dam.fit import chunks, container, fit, memory, stage
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
@@ -359,3 +360,53 @@ def test_rows_of_the_start():
     assert Settings(data=()).calibration_rows == 32
     assert Settings(data=(), steps=0).calibration_rows == 128
     assert Settings(data=(), steps=0, calibration=7).calibration_rows == 7
+
+
+# --- Containers -----------------------------------------------------------------------------------
+
+
+def grouped(root: Path, line: str, group: str, files: dict[str, object]) -> Path:
+    """A system's files, as far as they tell of control groups."""
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(f"3:cpu:/x\n{line}\n")
+    folder = root / "sys/fs/cgroup" / group
+    folder.mkdir(parents=True)
+    for name, value in files.items():
+        (folder / name).write_text(f"{value}\n")
+    return root
+
+
+STAT = "anon 5\nactive_file 20\ninactive_file 30\ntotal_active_file 1\ntotal_inactive_file 2"
+SECOND = {"memory.max": 1000, "memory.current": 400, "memory.stat": STAT}
+FIRST = {"memory.limit_in_bytes": 1000, "memory.usage_in_bytes": 400, "memory.stat": STAT}
+
+
+@pytest.mark.parametrize(
+    "line, group, files, left",
+    [
+        ("0::/pod/a", "pod/a", SECOND, 650),
+        ("0::/pod/a", "pod", SECOND, 650),  # the limit of a group above
+        ("0::/", ".", SECOND, 650),  # as a container sees itself
+        ("9:blkio,memory:/docker/a", "memory", FIRST, 603),  # its own is not to be seen
+        ("9:memory:/docker/a", "memory/docker/a", FIRST, 603),
+        ("0::/pod", "pod", {**SECOND, "memory.max": "max"}, math.inf),
+        ("0::/pod", "pod", {**SECOND, "memory.current": 5000}, 0),
+        ("0::/pod", "other", SECOND, math.inf),
+    ],
+)
+def test_what_a_container_leaves(tmp_path, line, group, files, left):
+    assert container.memory_left(grouped(tmp_path, line, group, files)) == left
+
+
+def test_a_containers_limit_is_what_is_free(monkeypatch, tmp_path):
+    assert container.memory_left(tmp_path) == math.inf  # a system without such files
+    monkeypatch.setattr(memory, "memory_left", lambda: 12_345)
+    assert memory.free_memory("cpu") == 12_345
+
+
+@pytest.mark.parametrize(
+    "count, told",
+    [(0, "0 B"), (999.4, "999 B"), (999.6, "1 KB"), (999.6e6, "1 GB"), (1.234e9, "1.23 GB")],
+)
+def test_sizes_in_words(count, told):
+    assert memory.size(count) == told

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Basis
 from mergekit_dam.fit.optimizer import SMALLEST, STEP, DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.model.live import Live
 
 FILE = "model.safetensors"
 RATE, SHARE = 0.1, 0.25
@@ -144,3 +146,15 @@ def test_a_given_rate_is_that_of_every_tensor(recipe, tmp_path) -> None:
     models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 3)
     for path in (recipe(models[:2]), recipe(models[:2], base_model=str(models[2]))):
         assert {found["lr"] for found in groups_of(path, 0.01)} == {0.01}
+
+
+@pytest.mark.parametrize("basis", ["differences", "coefficients"])
+def test_it_is_built_in_the_memory_of_a_piece(recipe, tmp_path, basis) -> None:
+    """Whole tensors in float32 would take more than a step."""
+    config = transformers.LlamaConfig(**{**tiny.SIZES, "vocab_size": 40_000, "hidden_size": 64})
+    models = tiny.save_models(tmp_path, config, 3, torch.bfloat16)
+    path = recipe(models, dtype="bfloat16")
+    merged = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cpu").merged
+    with Live() as live:
+        parameter_groups(merged, None, basis)
+    assert live.most < 40_000 * 64 * 4  # one copy of the embedding

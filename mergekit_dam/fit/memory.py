@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.fit.chunks import slices
+from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
@@ -113,12 +114,12 @@ def free_memory(device: str) -> int:
     if torch.device(device).type == "cuda":
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + kept  # by torch, for what comes
-    return psutil.virtual_memory().available
+    return int(min(psutil.virtual_memory().available, memory_left()))
 
 
 def size(count: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
+        if count < 999.5:  # which rounds to 1000
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.config.settings import Basis
+from mergekit_dam.formula import cut, pieces
 from mergekit_dam.model import MergedModel, Stack
 
 STEP = 0.05  # relative to what the sources of a tensor differ in
@@ -125,8 +126,10 @@ def _group(c: Tensor, stack: Stack, rate: float | None, basis: Basis) -> dict[st
     is_linear = inputs.base is None and inputs.prepared is None  # in the weights themselves
     if basis == "differences" and is_linear and len(parts) > 1:
         return {"weight_decay": 0.0, **_turned(c, stack, parts, rate)}
-    mean = sum(part.float() for part in parts) / len(parts)
-    relative = _size(parts, mean) / max(_size(parts, subtracted), TINY)
+    apart, _ = _sizes(parts, parts, [1 / len(parts)] * len(parts))
+    base = [] if subtracted is None else [subtracted]
+    moved, _ = _sizes(parts, base, [1.0] * len(base))
+    relative = apart / max(moved, TINY)
     return {"params": [c], "lr": rate or max(STEP * relative, SMALLEST), "weight_decay": 0.0}
 
 
@@ -134,19 +137,28 @@ def _turned(c: Tensor, stack: Stack, parts: Sequence[Tensor], rate: float | None
     """A group with `middle`: the base, which is the last of the parts, or their mean."""
     rows, own = list(stack.rows), stack.teachers
     shares = [0.0] * own + [1.0] if own < len(rows) else [1 / own] * own
-    middle = sum(share * part.float() for share, part in zip(shares, parts, strict=True) if share)
-    apart = _size(parts[:own], middle)
+    apart, middle = _sizes(parts[:own], parts, shares)
     of_rows = dict(zip(rows, shares, strict=True))
     return {
         "params": [c, torch.zeros_like(c[0]).requires_grad_()],
         "lr": rate or (STEP if apart else SMALLEST),
         "middle": [of_rows.get(row, 0.0) for row in range(len(c))],
         "rows": rows[:own],
-        "share": min(apart / max(_size([middle]), TINY), 1.0),
+        "share": min(apart / max(middle, TINY), 1.0),
     }
 
 
-def _size(parts: Sequence[Tensor], middle: Tensor | None = None) -> float:
-    """Root mean square of the parts' distances from a middle, by default zero."""
-    squares = ((p.float() - (0 if middle is None else middle)).square().mean() for p in parts)
-    return float(sum(squares) / len(parts)) ** 0.5
+def _sizes(
+    parts: Sequence[Tensor], others: Sequence[Tensor], shares: Sequence[float]
+) -> tuple[float, float]:
+    """Root mean squares: of the parts' distances from Σ share × other, and of that sum."""
+    distances, middles = 0.0, 0.0
+    for piece in pieces(parts[0]):  # whole tensors in float32 would take more than a step
+        middle = torch.zeros((), device=parts[0].device)
+        for share, other in zip(shares, others, strict=True):
+            if share:
+                middle = middle + share * cut(other, piece).float()
+        apart = ((cut(part, piece).float() - middle).square().sum().item() for part in parts)
+        distances, middles = distances + sum(apart), middles + middle.square().sum().item()
+    count = parts[0].numel()
+    return (distances / len(parts) / count) ** 0.5, (middles / count) ** 0.5

@@ -156,7 +156,12 @@ def lack(found: Place, settings: Settings, again: Callable[[Settings], Place]) -
             f"The sources need {size(found.host)} of host memory beside the GPU, and "
             f"{size(found.free_host)} are free: {remedy}."
         )
-    free = size(max(found.free - found.sources, 0))
+    if found.sources > found.free:
+        return (
+            f"The sources need {size(found.sources)} of memory on {found.device}, and "
+            f"{size(found.free)} are free: {remedy}."
+        )
+    free = size(found.free - found.sources)
     if found.start > found.step:
         return (
             f"The least-squares start needs about {size(found.start)} of memory beside the "
