@@ -52,7 +52,7 @@ def test_fit_merge_and_strict_load(architecture, recipe, tmp_path):
     with torch.no_grad():
         for name, coefficient in merged.coefficients().items():
             coefficient.copy_(file.get(name))
-        logits, teacher = merged(ids), merged.teach(1, ids)
+        logits, teacher = merged(ids), tiny.teach(merged, 1, ids)
         run("mergekit-yaml", path, tmp_path / "out", "--quiet")
         result = architectures.load(tmp_path / "out", architecture.name)(ids).logits
         source = architectures.load(models[1], architecture.name)(ids).logits

@@ -54,7 +54,7 @@ def whole(merged, inputs) -> torch.Tensor:
         positions = torch.arange(ids.shape[1])
         mask = (positions >= inputs["starts"][:, None]) & (positions < lengths[:, None] - 1)
         mask &= (sources == source)[:, None]
-        teacher = merged.teach(source, ids)[mask]
+        teacher = tiny.teach(merged, source, ids)[mask]
         for name, compare in LOSSES.items():
             term = compare(logits[mask], teacher, OBJECTIVE.temperature)
             loss = loss + getattr(OBJECTIVE, name) * term

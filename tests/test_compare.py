@@ -242,6 +242,23 @@ def test_fits_and_searches_see_no_held_out_row(config, tmp_path, monkeypatch):
     assert len(seen) == sum(len(source.train) for source in data)
 
 
+@pytest.mark.parametrize("name, value", [("HELD", 0), ("KEPT", 0), ("KEPT", 4096), ("TOKENS", 30)])
+def test_what_is_held_and_kept_changes_no_figure(laid, config, monkeypatch, name, value):
+    """Weights that are fetched block by block, teachers that speak again, smaller batches."""
+    (plain, *_) = candidates.GRIDS["linear"](ingredients(config))
+    tensors = in_memory.merge_in_memory(search.configuration(plain), laid.plan, 0)
+    expected = laid.score(laid.merge(tensors)), laid.score(laid.source(1)), laid.score(laid.base())
+    monkeypatch.setattr(ground, name, value)
+    recipe, plan, data = prepared(config)
+    other = ground.Ground(recipe, plan, data, [[], []], device="cpu", search_rows=8)
+    students = other.merge(tensors), other.source(1), other.base()
+    assert (name == "HELD") == isinstance(students[1].view, int)
+    for scores, student in zip(expected, students, strict=True):
+        for one, found in zip(scores, other.score(student), strict=True):
+            numbers = one.model_dump(exclude={"exact"})
+            assert found.model_dump(exclude={"exact"}) == pytest.approx(numbers, rel=1e-4, abs=1e-7)
+
+
 def test_searches_use_fit_rows(laid, config):
     _, _, data = prepared(config)
     for exam, source in zip(laid._search, data, strict=True):
@@ -415,7 +432,7 @@ def test_passes_are_rows_through_one_model(config):
     merged = prepare(read_recipe(str(config)), OPTIONS, device="cpu").merged
     ids = tiny.tokens(rows=3, length=7)
     with metered(2, "cpu") as meter:
-        merged.teach(0, ids)
+        tiny.teach(merged, 0, ids)
         merged(ids).sum().backward()  # computes its layers again
     assert meter.cost.forward_passes == 6
     assert meter.cost.backward_passes == 3

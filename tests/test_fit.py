@@ -123,8 +123,10 @@ def test_positions_before_a_rows_start_count_for_nothing(distillation):
     row = Row([1, 4, 4, 12, 13, 14], start=3)
     loss = distillation(**batch([ROWS[0], row], [0, 0]))
     merged, ids = distillation.merged, torch.tensor([row.ids])
-    q, p = merged(ids), merged.teach(0, ids)
-    kept = [(merged(torch.tensor([ROWS[0].ids])), merged.teach(0, torch.tensor([ROWS[0].ids])))]
+    q, p = merged(ids), tiny.teach(merged, 0, ids)
+    kept = [
+        (merged(torch.tensor([ROWS[0].ids])), tiny.teach(merged, 0, torch.tensor([ROWS[0].ids])))
+    ]
     logits = [torch.cat([kept[0][i][0, :-1], (q, p)[i][0, 3:-1]]) for i in (0, 1)]
     torch.testing.assert_close(loss["kl_1"], losses.kl(*logits))
 
@@ -136,7 +138,7 @@ def test_held_out_figures_begin_at_a_rows_start(distillation):
     (all_of_it,) = evaluate(distillation.merged, [[whole]], 60, 30)
     assert all_of_it.tokens == 5
     ids = torch.tensor([whole.ids])
-    p = distillation.merged.teach(0, ids)[0, 4].log_softmax(-1)
+    p = tiny.teach(distillation.merged, 0, ids)[0, 4].log_softmax(-1)
     assert figures.source_perplexity == pytest.approx(p[14].neg().exp().item(), rel=1e-5)
 
 

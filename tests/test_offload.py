@@ -70,7 +70,7 @@ def test_the_next_block_is_fetched_beforehand(recipe, tmp_path, monkeypatch):
 
     def step() -> None:
         merged(tiny.tokens()).sum().backward()
-        merged.teach(1, tiny.tokens())
+        tiny.teach(merged, 1, tiny.tokens())
 
     for _ in range(2):
         step()

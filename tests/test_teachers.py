@@ -43,7 +43,7 @@ def test_a_teacher_has_its_own_config(recipe, tmp_path, key, base):
     merged = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cpu").merged
     ids = tiny.tokens()
     for number, folder in enumerate(both):
-        torch.testing.assert_close(merged.teach(number, ids), tiny.load(folder)(ids).logits)
+        torch.testing.assert_close(tiny.teach(merged, number, ids), tiny.load(folder)(ids).logits)
 
 
 def test_without_a_base_the_config_would_be_a_matter_of_luck(recipe, tmp_path):

@@ -116,3 +116,10 @@ def write_jsonl(path: Path, rows: Sequence[dict]) -> Path:
 
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+@torch.no_grad()
+def teach(merged, source: int, input_ids: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, length, vocabulary] of one source on its own."""
+    with merged.speaking_as(source) as model:
+        return model(input_ids)

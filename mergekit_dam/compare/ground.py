@@ -5,15 +5,12 @@ out some of those for itself; a search gets a sample of them.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mergekit_dam import losses
 from mergekit_dam.compare.answers import Answer, exact_matches
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.compare.records import Cost, Scores
@@ -21,18 +18,17 @@ from mergekit_dam.config import Recipe
 from mergekit_dam.data import Row, SourceData, together
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.device import choose_dtype
-from mergekit_dam.fit.evaluate import perplexity
-from mergekit_dam.fit.objective import among
+from mergekit_dam.fit.evaluate import next_tokens, perplexity, sums
+from mergekit_dam.fit.memory import free_memory
+from mergekit_dam.fit.objective import row_states
 from mergekit_dam.fit.prepare import own_model, own_models, skeleton_of
-from mergekit_dam.model import MergedModel, SourceWeights
+from mergekit_dam.model import Head, MergedModel, SourceWeights, View
 from mergekit_dam.plan import Plan
 
 SHARE_FOR_FITS = 0.05  # of a fit's rows, which it holds out for itself
-BATCH_ELEMENTS = 2**24  # logits of a batch: 64 MB in float32
-BATCH_TOKENS = 2**12
-KEPT_ELEMENTS = 2**28  # teachers' logits that are kept: 1 GB in float32; others are made again
-
-Student = Callable[[], AbstractContextManager[MergedModel]]
+TOKENS = 2**12  # that go through a model at once
+KEPT = 2**32  # bytes of teachers' states that are kept in host memory; others are made again
+HELD = 0.5  # of what is free on the device, for the weights of a student or of a teacher
 
 
 def rows_of_fits(data: Sequence[SourceData]) -> list[SourceData]:
@@ -44,6 +40,22 @@ def rows_of_fits(data: Sequence[SourceData]) -> list[SourceData]:
     return divided
 
 
+@dataclass(frozen=True)
+class Student:
+    """What is measured: whatever a model computes with the weights of one view."""
+
+    model: MergedModel
+    view: View
+
+    def states(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """[tokens, width], of the positions that count: see `row_states`."""
+        ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
+        return torch.cat(*row_states(self.model, ids, ends, starts, [(self.view, range(len(ids)))]))
+
+    def head(self) -> Head:
+        return self.model.head(self.view)
+
+
 @dataclass
 class Exam:
     """Rows of one source, on which students are compared with it."""
@@ -52,12 +64,12 @@ class Exam:
     batches: list[dict[str, Tensor]]
     known: Tensor | None  # the tokens that the source knows
     answers: list[Answer]
-    kept: dict[int, Tensor]  # the teacher's logits [tokens, vocabulary] of some batches
+    kept: dict[int, Tensor]  # the teacher's states [tokens, width] of some batches
 
 
 class Ground:
-    """Holds no merge; scores what it is given. Weights stay on the CPU and go to the device a
-    block at a time."""
+    """Holds no merge; scores what it is given. Weights go to the device as a whole where they fit
+    there, else a block at a time."""
 
     def __init__(
         self,
@@ -76,7 +88,7 @@ class Ground:
         skeleton = skeleton_of(plan, weights, self._dtype)
         own = own_models(recipe, plan, self._dtype, "cpu")
         self._merged = MergedModel(skeleton, weights, {}, set(), self._dtype, own).to(device)
-        self._room = KEPT_ELEMENTS
+        self._room = KEPT
         self._held_out = [
             self._exam(number, source.held_out, answers[number])
             for number, source in enumerate(data)
@@ -93,15 +105,14 @@ class Ground:
         return layers(self.plan)
 
     def source(self, number: int) -> Student:
-        return lambda: self._merged.speaking_as(number)
+        return self._student(self._merged, number)
 
     def base(self) -> Student:
         model = own_model(self.plan.base, self._recipe, self.plan, self._dtype, "cpu")
-        model = model.to(self.device)
-        return lambda: model.speaking_as(0)
+        return self._student(model.to(self.device), 0)
 
     def merge(self, tensors: Mapping[str, Tensor]) -> Student:
-        return lambda: self._merged.speaking_as(tensors)
+        return self._student(self._merged, tensors)
 
     @torch.no_grad()
     def score(self, student: Student) -> tuple[Scores, ...]:
@@ -115,28 +126,29 @@ class Ground:
         mean = sum(kls) / len(kls)
         return mean if math.isfinite(mean) else math.inf
 
-    def _exam(self, source: int, rows: Sequence[Row], answers: list[Answer]) -> Exam:
-        known = self.plan.known_tokens(self.plan.sources[source])
-        vocabulary = self.plan.model_config.get_text_config().vocab_size
-        exam = Exam(
-            source, list(_batches(rows, source, vocabulary, self.device)), known, answers, {}
-        )
-        for number, inputs in enumerate(exam.batches):
-            size = int(inputs["lengths"].sum()) * vocabulary
-            if size <= self._room:
-                self._room -= size
-                exam.kept[number] = self._teach(exam, inputs)
-        return exam
+    def _student(self, model: MergedModel, view: View) -> Student:
+        model, view = model.speaker(view)
+        size = model.model.num_parameters() * self._dtype.itemsize
+        is_held = size <= HELD * free_memory(self.device)
+        return Student(model, model.all_weights(view) if is_held else view)
 
     @torch.no_grad()
-    def _teach(self, exam: Exam, inputs: dict[str, Tensor]) -> Tensor:
-        return self._merged.teach(exam.source, inputs["input_ids"])[_counted(inputs, exam.known)]
+    def _exam(self, source: int, rows: Sequence[Row], answers: list[Answer]) -> Exam:
+        known, teacher = self.plan.known_tokens(self.plan.sources[source]), self.source(source)
+        exam = Exam(source, list(_batches(rows, source, self.device)), known, answers, {})
+        for number, inputs in enumerate(exam.batches):
+            states = teacher.states(inputs).cpu()
+            if states.nbytes > self._room:
+                break
+            self._room -= states.nbytes
+            exam.kept[number] = states
+        return exam
 
     def _scores(self, student: Student, exam: Exam) -> Scores:
         tokens, kl, nll, agreeing = self._figures(student, exam)
         exact = None
         if exam.answers:
-            with student() as model:
+            with student.model.speaking_as(student.view) as model:
                 exact = exact_matches(model, exam.answers, self.plan.tokenizer)
         return Scores(
             tokens=tokens,
@@ -149,44 +161,26 @@ class Ground:
 
     def _figures(self, student: Student, exam: Exam) -> tuple[int, float, float, float]:
         """(tokens, KL, negative log-likelihood, agreement), means over the tokens."""
-        tokens, kl, nll, agreeing = 0, 0.0, 0.0, 0.0
+        tokens, totals = 0, torch.zeros(4, dtype=torch.float64)
+        heads = student.head(), self._merged.head(exam.source)
+        # Held where it has to speak again, and no longer than for this.
+        teacher = self.source(exam.source) if len(exam.kept) < len(exam.batches) else None
         for number, inputs in enumerate(exam.batches):
-            mask = _counted(inputs, exam.known)
-            with student() as model:
-                logits = model(inputs["input_ids"])[mask]
-            teacher = exam.kept.get(number)
-            teacher = self._teach(exam, inputs) if teacher is None else teacher
-            logits, teacher = among((logits, teacher), exam.known)
-            targets = inputs["input_ids"].roll(-1, dims=1)[mask]
-            if exam.known is not None:
-                targets = torch.searchsorted(exam.known.to(targets.device), targets)
-            count = len(targets)
-            if count:
-                tokens += count
-                kl += losses.kl(logits, teacher).item() * count
-                nll += F.cross_entropy(logits.float(), targets).item() * count
-                agreeing += (logits.argmax(-1) == teacher.argmax(-1)).sum().item()
-        total = max(tokens, 1)  # none where the source lacks every target
-        return tokens, kl / total, nll / total, agreeing / total
+            own, kept = student.states(inputs), exam.kept.get(number)
+            wanted = teacher.states(inputs) if kept is None else kept.to(own.device)
+            targets = torch.cat(next_tokens(inputs))
+            vocabulary = self._merged.vocabulary
+            count, found = sums(heads, own, wanted, targets, exam.known, vocabulary)
+            tokens, totals = tokens + count, totals + found
+        # No tokens where the source lacks every target.
+        kl, nll, _, agreeing = (totals / max(tokens, 1)).tolist()
+        return tokens, kl, nll, agreeing
 
 
 def layers(plan: Plan) -> int:
     return plan.model_config.get_text_config().num_hidden_layers
 
 
-def _counted(inputs: dict[str, Tensor], known: Tensor | None) -> Tensor:  # [rows, longest]
-    """Positions that count in their row, and whose next token is known to the source."""
-    input_ids = inputs["input_ids"]
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-    mask = (positions >= inputs["starts"][:, None]) & (positions < inputs["lengths"][:, None] - 1)
-    if known is not None:
-        mask = mask & torch.isin(input_ids.roll(-1, dims=1), known.to(input_ids.device))
-    return mask
-
-
-def _batches(
-    rows: Sequence[Row], source: int, vocabulary: int, device: str
-) -> Iterator[dict[str, Tensor]]:
-    """Rows of similar length together, as many as a batch of logits has room for."""
-    for some in together(rows, min(BATCH_TOKENS, BATCH_ELEMENTS // vocabulary)):
+def _batches(rows: Sequence[Row], source: int, device: str) -> Iterator[dict[str, Tensor]]:
+    for some in together(rows, TOKENS):
         yield {k: v.to(device) for k, v in batch(some, [source] * len(some)).items()}

@@ -1,7 +1,7 @@
 """Held-out figures: how far the merge is from each source, and how well it predicts the text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -40,25 +40,19 @@ def _figures(
     at_head: int,
     known: Tensor | None,
 ) -> Figures:
-    # Sums over tokens: of the KL, and of the text's surprise for the merge and for the source.
-    tokens, totals = 0, torch.zeros(3, dtype=torch.float64)
-    known = None if known is None else known.to(merged.device)
+    tokens, totals = 0, torch.zeros(4, dtype=torch.float64)
     heads = merged.head(), merged.head(source)
     for some in together(rows, at_once):
         inputs = {k: v.to(merged.device) for k, v in batch(some, [source] * len(some)).items()}
+        views = [(view, range(len(some))) for view in (None, source)]
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
-        views = [(view, range(len(ids))) for view in (None, source)]
         states = row_states(merged, ids, ends, starts, views)
-        targets = [
-            row[start + 1 : end]
-            for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
-        ]
-        pieces = (torch.cat(own).split(at_head) for own in (*states, targets))
+        pieces = (torch.cat(own).split(at_head) for own in (*states, next_tokens(inputs)))
         for parts in zip(*pieces, strict=True):
-            count, sums = _sums(heads, *parts, known, merged.vocabulary)
-            tokens, totals = tokens + count, totals + sums
+            count, found = sums(heads, *parts, known, merged.vocabulary)
+            tokens, totals = tokens + count, totals + found
     tokens = max(tokens, 1)  # none where the source lacks every target
-    kl, merge_nll, source_nll = (totals / tokens).tolist()
+    kl, merge_nll, source_nll, _ = (totals / tokens).tolist()
     return Figures(
         tokens=tokens,
         kl=kl,
@@ -67,30 +61,44 @@ def _figures(
     )
 
 
-def _sums(
-    heads: Sequence[Head],  # of the merge and of the source
+def next_tokens(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """For each row what comes after the positions that count: see `row_states`."""
+    ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))
+    return [
+        row[start + 1 : end]
+        for row, start, end in zip(ids, starts.tolist(), ends.tolist(), strict=True)
+    ]
+
+
+def sums(
+    heads: Sequence[Head],  # of the student, such as the merge, and of the teacher
     student: Tensor,  # states [tokens, width]
     teacher: Tensor,
     targets: Tensor,  # [tokens]
-    known: Tensor | None,
+    known: Tensor | None,  # to the teacher; see `Plan.known_tokens`
     vocabulary: int,
 ) -> tuple[int, Tensor]:
-    """How many tokens count, and the three sums over them."""
+    """How many tokens count, and sums over them [4]: of the KL, of the text's surprise for the
+    student and for the teacher, and of those whose likeliest next token is the teacher's."""
     if known is not None:  # a target that the source lacks says nothing about it
+        known = known.to(targets.device)
         mask = torch.isin(targets, known)
         targets = torch.searchsorted(known, targets[mask])
         student, teacher = student[mask], teacher[mask]
-    sums = torch.zeros(3, dtype=torch.float64)
+    found = torch.zeros(4, dtype=torch.float64)
     for chunk in slices(len(targets), vocabulary):
         logits = [head(part[chunk]) for head, part in zip(heads, (student, teacher), strict=True)]
-        merge, source = among(logits, known)
-        means = (
-            losses.kl(merge, source),
-            F.cross_entropy(merge.float(), targets[chunk]),
-            F.cross_entropy(source.float(), targets[chunk]),
-        )
-        sums += torch.stack(means).cpu() * len(merge)
-    return len(targets), sums
+        student_logits, teacher_logits = among(logits, known)
+        count = len(student_logits)
+        found += torch.stack(
+            [
+                losses.kl(student_logits, teacher_logits) * count,
+                F.cross_entropy(student_logits.float(), targets[chunk], reduction="sum"),
+                F.cross_entropy(teacher_logits.float(), targets[chunk], reduction="sum"),
+                (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum(),
+            ]
+        ).cpu()
+    return len(targets), found
 
 
 def perplexity(nll: float) -> float:

@@ -112,24 +112,15 @@ class MergedModel(nn.Module):
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
         return self.model(input_ids=input_ids, use_cache=False).logits
 
-    @torch.no_grad()
-    def teach(self, source: int, input_ids: Tensor) -> Tensor:
-        """Logits [rows, length, vocabulary] of one source on its own.
-
-        A source whose layers are not all in the merge, in their places, is a model of its own.
-        """
-        with self.speaking_as(source) as model:
-            return model(input_ids)
-
     @contextmanager
     def speaking_as(self, view: View) -> Iterator["MergedModel"]:
-        """A context with the model that computes what `view` computes: this one, or a source's
-        own."""
-        model, view = self._speaker(view)
+        """A context with the model that computes what `view` computes: this one, or, for a source
+        whose layers are not all in the merge, in their places, the source's own."""
+        model, view = self.speaker(view)
         with model._seen_as(view):
             yield model
 
-    def _speaker(self, view: View | None) -> "tuple[MergedModel, View]":
+    def speaker(self, view: View | None) -> "tuple[MergedModel, View]":
         """The model that computes what a view computes, by default the present one, and that
         model's view."""
         if isinstance(view, int) and view in self._teachers:
@@ -138,7 +129,7 @@ class MergedModel(nn.Module):
 
     def states(self, input_ids: Tensor, view: View | None = None) -> Tensor:
         """[rows, length, width]: what the head of a view makes logits of."""
-        model, view = self._speaker(view)
+        model, view = self.speaker(view)
         with model._seen_as(view), torch.set_grad_enabled(_has_gradients(view)):
             return model._split.states(input_ids)
 
@@ -146,7 +137,7 @@ class MergedModel(nn.Module):
         """`states` of each pass. Those of the merge go through the blocks side by side, so that a
         block's weights are made once for all of them; so do those of the sources, where tensors
         are fetched for each block."""
-        spoken = [(*self._speaker(view), ids) for ids, view in passes]
+        spoken = [(*self.speaker(view), ids) for ids, view in passes]
         together = [
             index
             for index, (model, view, _) in enumerate(spoken)
@@ -183,7 +174,7 @@ class MergedModel(nn.Module):
 
     def head(self, view: View | None = None) -> Head:
         """The head of a view, its weights made once."""
-        model, view = self._speaker(view)
+        model, view = self.speaker(view)
         with model._seen_as(view):
             inside = [block for block in model._blocks if model._split.in_head(block)]
             made = {block.path: block.weights() for block in inside}
@@ -223,6 +214,14 @@ class MergedModel(nn.Module):
         """The weights of one block as a source (its number), the merge or the average has them."""
         with self._seen_as(view):
             return block.weights()
+
+    @torch.no_grad()
+    def all_weights(self, view: View) -> dict[str, Tensor]:
+        """Output tensor -> its weight as a view of this model has it, which is a view in its turn:
+        made once, and not for each pass anew."""
+        with self._seen_as(view):
+            names = {name for block in self._blocks for name in block.names()}
+            return {name: self._make(name) for name in names}
 
     def trained_blocks(self) -> list[Block]:
         """The blocks that have trained tensors of their own."""
