@@ -222,14 +222,16 @@ def test_what_the_sources_take_is_foreseen(recipe, tmp_path, name, keys):
     assert shapes.dtypes() == {found.merged.stack(n).dtype for n in found.merged.coefficients()}
 
 
-def place_on(monkeypatch, device: str, groups: list[int], *, gpu: int, host: int, **settings):
+def place_on(
+    monkeypatch, device: str, groups: list[int], *, gpu: int, host: int, own: float = 0, **settings
+):
     memory = {"cpu": host, device: gpu}
     monkeypatch.setattr(place_module, "free_memory", memory.__getitem__)
     kept = Activations(all=1000, largest=200, inputs=50, widest=20)
     needs = Needs(
         tokens=10, widest=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300
     )
-    return place(Settings(data=(), **settings), device, needs, sum(groups), groups)
+    return place(Settings(data=(), **settings), device, needs, sum(groups), groups, own=own)
 
 
 def test_where_a_fit_keeps_what_it_needs(monkeypatch):
@@ -335,6 +337,13 @@ def test_a_start_that_does_not_fit_is_smaller_or_another(monkeypatch):
         with pytest.raises(DamError, match=told) as error:
             require_memory(large, Settings(data=()), again)
         assert error.value.message.startswith("The least-squares start needs about 10 MB")
+
+
+def test_sources_that_are_models_of_their_own_have_copies_too(monkeypatch):
+    groups, free = [900, 900, 900], {"gpu": 10**5, "host": 10**6, "offload": "cpu"}
+    alone = place_on(monkeypatch, "cuda:0", groups, **free)
+    beside = place_on(monkeypatch, "cuda:0", groups, own=1 / 3, **free)
+    assert (alone.sources, beside.sources) == (2700, 3600)
 
 
 def test_sources_that_host_memory_does_not_hold(monkeypatch):

@@ -150,3 +150,9 @@ def test_an_arena_holds_copies_one_after_the_other():
     spans = sorted((copy.data_ptr(), copy.nbytes) for copy in copies if copy.numel())
     assert all(one + size <= other for (one, size), (other, _) in itertools.pairwise(spans))
     assert all(start % 64 == 0 for start, _ in spans)
+
+
+def test_an_arena_wastes_no_rest_that_is_large_enough():
+    arena = Arena(size=8192, pinned=False)
+    copies = [arena.copy(torch.zeros(n, dtype=torch.uint8)) for n in (5000, 6000, 3000, 2000)]
+    assert len({copy.untyped_storage().data_ptr() for copy in copies}) == 2

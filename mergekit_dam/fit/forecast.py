@@ -87,6 +87,7 @@ class Outline:
             groups_of(skeleton, sizes),
             begins,
             made=sum(held(shapes, settings, skeleton, only_made=True).values()),
+            own=sum(not plan.is_whole(s) for s in plan.teachers) / len(plan.sources),
             is_cast=shapes.dtypes() != {dtype},
         )
         return Forecast(numbers, trained, dtype, sizes, work, found, where)

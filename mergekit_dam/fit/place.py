@@ -95,18 +95,20 @@ def place(
     start: StartNeeds | None = None,
     *,
     made: int = 0,
+    own: float = 0,
     is_cast: bool = False,
 ) -> Place:
     """Where a fit keeps what it needs here. `sources` are the bytes of all their tensors, `made`
     those that no file holds as they are, `groups` those for each block, in the order of the forward
-    pass; with `is_cast`, what the start computes with is of another dtype."""
+    pass, `own` the share of the sources that are held once more as models of their own; with
+    `is_cast`, what the start computes with is of another dtype."""
     is_cuda, host = torch.device(device).type == "cuda", host_memory()
     free = free_memory(device) if is_cuda else host
     least = found.of("block" if settings.recompute == "auto" else settings.recompute)
     least = max(least * bool(settings.max_steps), start.of(is_copied=is_cast) if start else 0)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
     there = {"none": sources if is_cuda else made, "disk": max(groups, default=0)}
-    there["cpu"] = _most_together(groups) if is_cuda else made
+    there["cpu"] = int(_most_together(groups) * (1 + own)) if is_cuda else made
     recompute, how = choose_recompute(settings, found, free - there[offload])
     is_copied = is_cast or (is_cuda and offload == "disk")
     return Place(

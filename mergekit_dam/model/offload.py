@@ -99,13 +99,16 @@ class Arena:
 
     def __init__(self, size: int = 2**30, *, pinned: bool = True):
         self._size, self._pinned = size, pinned
-        self._rest = torch.empty(0, dtype=torch.uint8)  # of the last piece
+        self._rests: list[Tensor] = []  # of all pieces
 
     def copy(self, tensor: Tensor) -> Tensor:
         taken = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        if taken > len(self._rest):
-            self._rest = self._piece(taken)
-        place, self._rest = self._rest[: tensor.nbytes], self._rest[taken:]
+        fits = (n for n, rest in enumerate(self._rests) if len(rest) >= taken)
+        if (number := next(fits, None)) is None:
+            number = len(self._rests)
+            self._rests.append(self._piece(taken))
+        rest = self._rests[number]
+        place, self._rests[number] = rest[: tensor.nbytes], rest[taken:]
         return place.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def _piece(self, taken: int) -> Tensor:
