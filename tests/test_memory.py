@@ -149,8 +149,11 @@ STARTS = {
 }
 
 
-@pytest.mark.parametrize("name", STARTS)
-def test_the_start_takes_what_was_predicted(recipe, tmp_path, name):
+@pytest.mark.parametrize(
+    "name, granularity",
+    [*((name, "column") for name in STARTS), ("vocabulary", "element"), ("weights", "element")],
+)
+def test_the_start_takes_what_was_predicted(recipe, tmp_path, name, granularity):
     """Within 15 %, counted tensor by tensor."""
     config, (longest, count, vary) = STEPS[name][0], STARTS[name]
     vocabulary, draw = config.get_text_config().vocab_size, random.Random(0)
@@ -161,7 +164,7 @@ def test_the_start_takes_what_was_predicted(recipe, tmp_path, name):
         ]
         for _ in range(SOURCES)
     ]
-    found = prepared(recipe, tmp_path, config, rows, start="least_squares")
+    found = prepared(recipe, tmp_path, config, rows, start="least_squares", granularity=granularity)
     with Live() as live:
         least_squares(found.merged, rows)
     assert found.place.start == pytest.approx(live.most, rel=0.15)

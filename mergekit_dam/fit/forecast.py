@@ -77,6 +77,7 @@ class Outline:
             rows, sources = start_rows(plan, settings, self.data), len(plan.sources)
             begins = start_needs(
                 plan.model_config, skeleton, dtype, rows, names, sources,
+                max((numbers.get(name, 0) for name in names), default=0) // sources,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         where = place(

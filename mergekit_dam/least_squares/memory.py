@@ -20,6 +20,7 @@ from mergekit_dam.model.skeleton import blocks_of, make_model
 
 PATHS = 2  # of each chunk: the merge's and the source's
 STATES = 2  # of each token on a path: of the embedding and of the last block
+VECTORS = 8  # of conjugate gradients
 KINDS = 2  # of rows, each with sums of its own
 MADE = 2  # of a part of a weight: its product, and that with what a source has for it
 
@@ -43,6 +44,7 @@ def start_needs(
     rows: Sequence[Sequence[Row]],  # of each source
     trained: Collection[str],  # output tensors
     sources: int,  # with the base
+    places: int,  # of coefficients, of each source for one tensor at most
     *,
     trust_remote_code: bool,
 ) -> StartNeeds:
@@ -62,9 +64,15 @@ def start_needs(
     masks = masks * sum(map(_pairs, found)) // _pairs(largest)
     return StartNeeds(
         states=PATHS * (states + masks),
-        block=max(chunk.of(block) for block in blocks),
+        block=max(chunk.of(block) for block in blocks) + _solving(places, sources),
         copies=len(rows) * max(block.size for block in blocks),
     )
+
+
+def _solving(places: int, sources: int) -> int:
+    """Second derivatives of the coefficients at each place, in float32 and float64, their factors
+    in float64, and what conjugate gradients go along with."""
+    return places * (20 * sources**2 + 4 * VECTORS * sources)
 
 
 def _positions(chunk: Sequence[Row]) -> int:
