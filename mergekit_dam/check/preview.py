@@ -2,14 +2,48 @@
 
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from mergekit_dam.data import Row, SourceData
+from mergekit_dam.config import Settings
+from mergekit_dam.config.recipe import data_entries
+from mergekit_dam.data import Row, SourceData, is_missing
+from mergekit_dam.errors import DamError
+from mergekit_dam.fit.rows import generation, load_source_data
+from mergekit_dam.plan import Plan
 
 LINES, COLUMNS = 12, 100  # shown of a row
 CHARACTERS = 200  # shown of each end of a part
 START = "▸"  # stands where the counted part begins
+
+
+@dataclass
+class Rows:
+    """The sources' rows, as far as they are there."""
+
+    data: list[SourceData] = field(default_factory=list)
+    previews: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+
+def read_rows(settings: Settings, plan: Plan, out: str) -> Rows:
+    """For a fit into the file `out`."""
+    rows, entries = Rows(), data_entries(settings, plan.teachers)
+    for source in plan.teachers:
+        entry = entries.get(source)
+        if entry is None or (entry.path is not None and is_missing(entry.path)):
+            continue  # is a mistake already
+        try:
+            written = generation(source, settings, plan, out)
+            if written and not written.path.exists():
+                rows.previews.append(str(written))
+                continue
+            rows.data.append(load_source_data(source, settings, plan, out))
+            rows.previews.append(preview(str(source), rows.data[-1], plan.tokenizer))
+        except DamError as error:
+            rows.problems.append(error.message)
+    return rows
 
 
 def preview(source: str, data: SourceData, tokenizer: PreTrainedTokenizerBase) -> str:

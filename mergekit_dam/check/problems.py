@@ -20,17 +20,16 @@ from mergekit_dam.check.parameters import (
     parameter_problems,
     range_problems,
 )
-from mergekit_dam.check.preview import preview
+from mergekit_dam.check.preview import Rows, read_rows
 from mergekit_dam.check.tokens import token_problems
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
 from mergekit_dam.config.data_settings import EVERY
-from mergekit_dam.config.recipe import data_entries, match_reference
-from mergekit_dam.data import SourceData, benchmark_warning, is_missing
+from mergekit_dam.config.recipe import match_reference
+from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.forecast import Outline, merged_skeleton
-from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.fit.start import choose_start, prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.formula import Formula
@@ -60,38 +59,21 @@ def check(
     `in_full` the rows are read and tokenised, too, which a fit does itself before it loads weights,
     and what a fit will need is returned.
     """
+    settings = recipe.settings
     problems = list(_config_problems(recipe, options, coefficients, device, will_fit=will_fit))
     plan, shapes = _planned(recipe, options, coefficients, problems)
     problems += _plan_problems(recipe, options, plan, shapes, will_fit=will_fit)
-    _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
-    if will_fit and recipe.settings is not None:
-        _warn_of(idle_settings(recipe.settings, choose_start(recipe.settings, plan)))
-    if coefficients and will_merge and (not will_fit or os.path.exists(coefficients)):
-        found = _collect(file_problems(coefficients, recipe.settings, recipe.merge, plan, shapes))
-        if will_fit:  # which replaces the file, and keeps it under another name
-            _warn_of(found)
-        else:
-            problems += found
-    previews, data = [], []
-    if in_full and recipe.settings is not None:
-        previews = list(_previews(recipe.settings, plan, coefficients or "", problems, data))
+    if coefficients and will_merge:
+        problems += _file_problems(recipe, plan, shapes, coefficients, will_fit=will_fit)
+    rows = read_rows(settings, plan, coefficients or "") if in_full and settings else Rows()
+    problems += rows.problems
     result = None
     if will_fit and not problems:
-        try:
-            skeleton = merged_skeleton(plan, shapes)
-            problems += misfits(recipe.settings, shapes, skeleton)
-            _warn_of(map(_untied, skeleton.untied()))
-            if in_full:
-                chosen = choose_device(device)
-                choose_threads(plan.model_config, chosen, options.num_threads)
-                outline = Outline(plan, shapes, skeleton, chosen, data)
-                result = Outlook(estimate(outline, recipe.settings), tuple(previews))
-        except DamError as error:
-            problems.append(error.message)
+        problems, result = _foreseen(recipe, plan, shapes, rows, device, in_full=in_full)
     if problems:
         raise DamError(listed(recipe.path, problems))
     if will_fit:
-        _warn_of(filter(None, map(benchmark_warning, recipe.settings.data)))
+        _warn_of(filter(None, map(benchmark_warning, settings.data)))
     return result
 
 
@@ -148,6 +130,41 @@ def _plan_problems(
     yield from of_shapes or _refusal(require_one_config, recipe.merge, options)
     if will_fit and recipe.settings is not None:
         yield from _collect(_start_problems(recipe.settings, plan))
+    _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
+    if will_fit and recipe.settings is not None:
+        _warn_of(idle_settings(recipe.settings, choose_start(recipe.settings, plan)))
+
+
+def _file_problems(
+    recipe: Recipe, plan: Plan, shapes: HeaderShapes, coefficients: str, *, will_fit: bool
+) -> Iterator[str]:
+    """Of the coefficient file: one that a fit will replace is kept under another name."""
+    if will_fit and not os.path.exists(coefficients):
+        return
+    found = _collect(file_problems(coefficients, recipe.settings, recipe.merge, plan, shapes))
+    if will_fit:
+        _warn_of(found)
+    else:
+        yield from found
+
+
+def _foreseen(
+    recipe: Recipe, plan: Plan, shapes: HeaderShapes, rows: Rows, device: str, *, in_full: bool
+) -> "tuple[list[str], Outlook | None]":
+    """What in the settings does not fit the model; if nothing, what the fit will need."""
+    try:
+        skeleton = merged_skeleton(plan, shapes)
+        if problems := list(misfits(recipe.settings, shapes, skeleton)):
+            return problems, None
+        _warn_of(map(_untied, skeleton.untied()))
+        if not in_full:
+            return [], None
+        chosen = choose_device(device)
+        choose_threads(plan.model_config, chosen, plan.options.num_threads)
+        outline = Outline(plan, shapes, skeleton, chosen, rows.data)
+        return [], Outlook(estimate(outline, recipe.settings), tuple(rows.previews))
+    except DamError as error:
+        return [error.message], None
 
 
 def _untied(name: str) -> str:
@@ -206,27 +223,6 @@ def model_problems(
 
 def _is_under(path: str, folder: str) -> bool:
     return Path(folder).resolve() in Path(path).resolve().parents
-
-
-def _previews(
-    settings: Settings, plan: Plan, out: str, problems: list[str], read: list[SourceData]
-) -> Iterator[str]:
-    """Each source's rows for a fit into the file `out`, which are added to `read`; data that are
-    there and cannot be read as rows are `problems`."""
-    entries = data_entries(settings, plan.teachers)
-    for source in plan.teachers:
-        entry = entries.get(source)
-        if entry is None or (entry.path is not None and is_missing(entry.path)):
-            continue  # is a mistake already
-        try:
-            written = generation(source, settings, plan, out)
-            if written and not written.path.exists():
-                yield str(written)
-                continue
-            read.append(load_source_data(source, settings, plan, out))
-            yield preview(str(source), read[-1], plan.tokenizer)
-        except DamError as error:
-            problems.append(error.message)
 
 
 def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
