@@ -18,9 +18,9 @@ from mergekit_dam.differences import config_differences
 from mergekit_dam.errors import DamError
 
 DEQUANTISE = (
-    "dequantise it first (load it in transformers with the library that its quantisation needs, "
-    "then `model.dequantize()` and `model.save_pretrained(FOLDER)`), or give the model that it was "
-    "made of"
+    "give the model that it was made of, or save it dequantised (transformers loads FP8, MXFP4 and "
+    "compressed-tensors with `dequantize=True` in the quantisation's config; bitsandbytes and "
+    "HIGGS models have `model.dequantize()`)"
 )
 
 
@@ -91,10 +91,12 @@ def _require_unquantised(configs: Mapping[ModelReference, PretrainedConfig]) -> 
     for model, config in configs.items():
         for part in (config, config.get_text_config()):
             if settings := getattr(part, "quantization_config", None):
-                method = dict(settings).get("quant_method", "by an unnamed method")
+                given = settings if isinstance(settings, Mapping) else vars(settings)
+                method = given.get("quant_method", "by an unnamed method")
                 raise DamError(
                     f"{model} is quantised ({method}, says `quantization_config` of its "
-                    f"config.json), and a merge needs its weights as numbers: {DEQUANTISE}."
+                    f"config.json), and a merge needs its weights as numbers: {DEQUANTISE}; where "
+                    "they are numbers already, remove that key."
                 )
 
 

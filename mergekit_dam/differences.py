@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 IRRELEVANT_KEYS = {
     # where it comes from, and in what the weights are stored
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures",
+    "base_model", "prefix",
     # the vocabulary, which the merge aligns, and what its tokens are for
     "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id",
     # what is given back beside the logits, and the way to the same logits
@@ -33,6 +34,7 @@ IRRELEVANT = re.compile(
     r"(.*_)?(dropout(_prob|_p|_rate)?|pdrop|layerdrop)|initializer_.*|.*loss_coef|summary_.*"
 )
 # Rotary embeddings that are the same for every length; a learnt table's length is its shape.
+LENGTH = "max_position_embeddings"
 LENGTHLESS = {"default", "linear", "llama3", "proportional"}
 SHARED_CODE = ("modeling_*.py", "masking_utils.py", "configuration_utils.py")
 
@@ -41,21 +43,21 @@ def config_differences(
     first: PretrainedConfig, second: PretrainedConfig, *, trust_remote_code: bool
 ) -> list[str]:
     """Of models with code of their own, every key that may count."""
-    one, other = (
-        dict(_telling(config, _names(config, trust_remote_code=trust_remote_code)))
-        for config in (first, second)
-    )
+    both = [_names(config, trust_remote_code=trust_remote_code) for config in (first, second)]
+    names = None if None in both else both[0] | both[1]
+    is_idle = _is_lengthless(first) and _is_lengthless(second)
+    one, other = (dict(_telling(config, names, is_idle)) for config in (first, second))
     return sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
 
 
 def _telling(
-    config: PretrainedConfig, names: set[str] | None, prefix: str = ""
+    config: PretrainedConfig, names: set[str] | None, is_idle: bool, prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
     for key, value in config.to_dict().items():
         own = vars(config).get(key)
         if isinstance(own, PretrainedConfig):
-            yield from _telling(own, names, f"{prefix}{key}.")
-        elif names is None or (key in names and not _is_idle_length(key, config)):
+            yield from _telling(own, names, is_idle, f"{prefix}{key}.")
+        elif names is None or (key in names and not (is_idle and key == LENGTH)):
             yield from _flat({key: value}, prefix)
 
 
@@ -71,11 +73,12 @@ def _flat(values: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _is_idle_length(key: str, config: PretrainedConfig) -> bool:
-    if key != "max_position_embeddings":
-        return False
-    rope = dict(_flat(getattr(config, "rope_parameters", None) or {}))
-    kinds = {value for name, value in rope.items() if name.split(".")[-1] in ("rope_type", "type")}
+def _is_lengthless(config: PretrainedConfig) -> bool:
+    """Whether no rotary embedding of its depends on how long rows may be."""
+    kinds = set()
+    for part in _parts(config):
+        rope = dict(_flat(getattr(part, "rope_parameters", None) or {}))
+        kinds |= {v for name, v in rope.items() if name.split(".")[-1] in ("rope_type", "type")}
     return kinds <= LENGTHLESS
 
 
@@ -102,7 +105,8 @@ def _named_by(kind: type[PretrainedConfig]) -> frozenset[str] | None:
         return None
     shared = [path for name in SHARED_CODE for path in Path(transformers.__path__[0]).glob(name)]
     texts = [path.read_text(encoding="utf-8") for path in (*modules, *shared)]
-    words = {word for text in (*texts, *_derivations(kind)) for word in re.findall(r"\w+", text)}
+    read = re.compile(r"""(?:\.|["'])(\w+)""")  # an attribute, or its name in quotes
+    words = {word for text in (*texts, *_derivations(kind)) for word in read.findall(text)}
     return frozenset(words | {own for alias, own in kind.attribute_map.items() if alias in words})
 
 

@@ -7,16 +7,20 @@ import tiny
 import torch
 import transformers
 from mergekit.options import MergeOptions
+from safetensors.torch import load_file
 
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.compare import ground
 from mergekit_dam.config import read_recipe
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.rows import load_data
 from mergekit_dam.formula import combine
 from mergekit_dam.model import offload
+from mergekit_dam.plan import plan_merge
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device, and MERGEKIT_DAM_GPU=1"
@@ -54,6 +58,25 @@ def test_where_the_sources_live_changes_no_bit(recipe, models, tmp_path, where, 
         for place in ("none", where)
     ]
     close(*files, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("held", [0.5, 0])
+def test_a_comparison_measures_what_it_does_on_a_cpu(recipe, models, monkeypatch, held) -> None:
+    """With weights on the GPU as a whole, and a block at a time."""
+    monkeypatch.setattr(ground, "HELD", held)
+    path = recipe(models[:2], base_model=str(models[2]), dam=CLOSE)
+    found = read_recipe(str(path))
+    plan = plan_merge(found.merge, MergeOptions(quiet=True), "weights")
+    data = load_data(found, plan, "none", "cpu")
+    tensors = load_file(models[2] / "model.safetensors")
+    scores = []
+    for device in ("cpu", "cuda"):
+        own = ground.Ground(found, plan, data, [[], []], device=device, search_rows=4)
+        students = own.source(1), own.base(), own.merge(tensors)
+        scores.append([s.model_dump() for student in students for s in own.score(student)])
+    for one, other in zip(*scores, strict=True):
+        assert one.pop("exact") is other.pop("exact") is None
+        assert one == pytest.approx(other, rel=1e-2, abs=1e-4)
 
 
 @pytest.mark.parametrize("sparsify", ["dare_ties", "della"])

@@ -37,6 +37,7 @@ UNREAD = {
     "pretraining_tp": 2, "id2label": {0: "good"}, "label2id": {"good": 0}, "eos_token_id": 5,
     "pad_token_id": 3, "use_cache": False, "torch_dtype": "bfloat16", "initializer_range": 0.5,
     "gradient_checkpointing": True, "task_specific_params": {"a": {"b": 1}}, "model_max_length": 9,
+    "language": "en", "base_model": "a", "task": "b", "prefix": "c", "rank": 8, "model_name": "d",
 }  # fmt: skip
 
 
@@ -184,3 +185,10 @@ def test_code_of_the_checkpoints_own_may_read_any_key():
     assert differ(first, second) == []  # transformers' own class is taken
     assert differ(first, second, trusts=True) == ["some_key"]
     assert differ(OwnConfig(attention_dropout=0.1), OwnConfig()) == []
+
+
+def test_code_of_ones_own_for_one_of_them_makes_no_key_count_that_is_the_same():
+    config = CONFIGS["llama"]
+    other = changed(config, auto_map={"AutoModelForCausalLM": "a.B"})
+    found = differ(config, other, trusts=True)
+    assert found == differ(other, config, trusts=True) == ["auto_map.AutoModelForCausalLM"]

@@ -17,7 +17,7 @@ from mergekit_dam.fit.verdict import mean_kl
 
 # A rate at which the held-out KL falls, and then rises and falls at random.
 RESTLESS = {
-    "steps": 24,
+    "steps": 22,
     "start": "average",
     "objective": {"temperature": 2.0},
     "schedule": "constant",

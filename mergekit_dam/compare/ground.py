@@ -15,7 +15,7 @@ from mergekit_dam.compare.answers import Answer, exact_matches
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.compare.records import Cost, Scores
 from mergekit_dam.config import Recipe
-from mergekit_dam.data import Row, SourceData, together
+from mergekit_dam.data import Row, SourceData, others, together
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.evaluate import next_tokens, perplexity, sums
@@ -27,6 +27,7 @@ from mergekit_dam.plan import Plan
 
 SHARE_FOR_FITS = 0.05  # of a fit's rows, which it holds out for itself
 TOKENS = 2**12  # that go through a model at once
+LOGITS = 2**24  # the same, of a model that has no states beside its logits
 KEPT = 2**32  # bytes of teachers' states that are kept in host memory; others are made again
 HELD = 0.5  # of what is free on the device, for the weights of a student or of a teacher
 
@@ -36,7 +37,8 @@ def rows_of_fits(data: Sequence[SourceData]) -> list[SourceData]:
     divided = []
     for source in data:
         count = max(1, round(SHARE_FOR_FITS * len(source.train)))
-        divided.append(SourceData(train=source.train[count:], held_out=source.train[:count]))
+        held_out = source.train[:count]
+        divided.append(SourceData(others(source.train[count:], held_out), held_out))
     return divided
 
 
@@ -135,13 +137,14 @@ class Ground:
     @torch.no_grad()
     def _exam(self, source: int, rows: Sequence[Row], answers: list[Answer]) -> Exam:
         known, teacher = self.plan.known_tokens(self.plan.sources[source]), self.source(source)
-        exam = Exam(source, list(_batches(rows, source, self.device)), known, answers, {})
+        is_split = self._merged.has_head(source)
+        size = TOKENS if is_split else LOGITS // self._merged.vocabulary
+        exam = Exam(source, list(_batches(rows, source, size, self.device)), known, answers, {})
         for number, inputs in enumerate(exam.batches):
-            states = teacher.states(inputs).cpu()
-            if states.nbytes > self._room:
+            if self._room <= 0:
                 break
-            self._room -= states.nbytes
-            exam.kept[number] = states
+            exam.kept[number] = teacher.states(inputs).cpu()
+            self._room -= exam.kept[number].nbytes
         return exam
 
     def _scores(self, student: Student, exam: Exam) -> Scores:
@@ -181,6 +184,8 @@ def layers(plan: Plan) -> int:
     return plan.model_config.get_text_config().num_hidden_layers
 
 
-def _batches(rows: Sequence[Row], source: int, device: str) -> Iterator[dict[str, Tensor]]:
-    for some in together(rows, TOKENS):
+def _batches(
+    rows: Sequence[Row], source: int, tokens: int, device: str
+) -> Iterator[dict[str, Tensor]]:
+    for some in together(rows, tokens):
         yield {k: v.to(device) for k, v in batch(some, [source] * len(some)).items()}

@@ -165,7 +165,8 @@ class _Comparison:
         for name in names:
             self._cost_path(name).unlink(missing_ok=True)
             Path(self._coefficients(name)).unlink(missing_ok=True)
-            shutil.rmtree(f"{self._coefficients(name)}.fit", ignore_errors=True)
+            for suffix in ("fit", "teachers"):
+                shutil.rmtree(f"{self._coefficients(name)}.{suffix}", ignore_errors=True)
 
     def _add(self, entry: Entry) -> None:
         self._results = self._results.with_entry(entry)

@@ -1,7 +1,7 @@
 """Each source's own rows, from what people have to token ids of the merge's vocabulary."""
 
 from mergekit_dam.data.benchmarks import benchmark_warning
-from mergekit_dam.data.load import SourceData, load_rows
+from mergekit_dam.data.load import SourceData, load_rows, others
 from mergekit_dam.data.read import files_of, is_missing
 from mergekit_dam.data.row import Row, together
 
@@ -12,5 +12,6 @@ __all__ = [
     "files_of",
     "is_missing",
     "load_rows",
+    "others",
     "together",
 ]

@@ -56,7 +56,7 @@ def _kept_apart(
     rows: Sequence[Row], held_out: Sequence[Row], entry: DataSettings, split: str
 ) -> SourceData:
     """Splits may have rows in common, which are held out then."""
-    train = _others(rows, held_out)
+    train = others(rows, held_out)
     if not train:
         raise DamError(
             f"All rows of {entry.path} (split {entry.split}) are held out by `held_out: {split}`: "
@@ -79,7 +79,7 @@ def share_out(rows: Sequence[Row], share: float, name: str) -> SourceData:
             "add rows, raise `max_length`, or use `loss_on: all`."
         )
     count = min(max(1, round(share * len(rows))), len(rows) - 1)
-    train = _others(rows[count:], rows[:count])
+    train = others(rows[count:], rows[:count])
     if not train:
         raise DamError(
             f"{name} has no row that differs from those held out, within `max_length`: add other "
@@ -88,7 +88,8 @@ def share_out(rows: Sequence[Row], share: float, name: str) -> SourceData:
     return SourceData(train=train, held_out=list(rows[:count]))
 
 
-def _others(rows: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
+def others(rows: Sequence[Row], held_out: Sequence[Row]) -> list[Row]:
+    """Those that equal none that is held out: the same tokens, counted from the same position."""
     own = {(tuple(row.ids), row.start) for row in held_out}
     return [row for row in rows if (tuple(row.ids), row.start) not in own]
 

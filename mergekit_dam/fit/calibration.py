@@ -16,7 +16,7 @@ from mergekit_dam.fit.resume import PROGRESS, keep, kept
 from mergekit_dam.least_squares import least_squares, split
 from mergekit_dam.model import MergedModel
 
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.1, 0.0)  # of the way from the start to the solution
+SHARES = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)  # of the way from the start to the solution
 
 
 def calibrate(

@@ -143,17 +143,15 @@ class Chunk:
 class _Watch:
     """Sees the blocks of a pass."""
 
-    def __init__(self, live: Live, is_eager: bool):
-        self._is_eager = is_eager
+    def __init__(self, live: Live):
         self.seen: list[Seen] = []
         self._live, self._start, self._input = live, 0, None
         self._beside: dict[Any, int] = {}  # storage -> its bytes
 
     @property
     def masks(self) -> int:
-        """Bytes of what all blocks are given beside the states. Only `eager` attention needs a mask
-        where a row has no padding on its left; the others make one of tensors without storage."""
-        return sum(self._beside.values()) if self._is_eager else 0
+        """Bytes of what all blocks are given beside the states."""
+        return sum(self._beside.values())
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         storages = (tensor.untyped_storage() for tensor in tensors((args[1:], kwargs)))
@@ -181,7 +179,7 @@ def _pass(
     """The blocks, in the order in which rows go through them, and the bytes of masks and the like
     that all of them are given."""
     with Live() as live, torch.no_grad():
-        watch = _Watch(live, model.config._attn_implementation == "eager")
+        watch = _Watch(live)
         for _, block in blocks_of(model):
             block.register_forward_pre_hook(watch.before, with_kwargs=True)
             block.register_forward_hook(watch.after)

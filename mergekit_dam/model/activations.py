@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, masking_utils
 
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
@@ -31,14 +32,14 @@ def measure(
     config: PretrainedConfig, dtype: torch.dtype, tokens: int, *, trust_remote_code: bool
 ) -> Activations:
     """Runs the model on tensors without storage. Where attention keeps every pair of tokens (it is
-    `eager`), for a row of so many; the other ways need no mask in a step, for which such tensors
-    would count one. Models that cannot run so are estimated: like a
-    Llama of their sizes."""
+    `eager`, or has a mask for a window), for a row of so many. Models that cannot run so are
+    estimated: like a Llama of their sizes."""
+    window = getattr(config.get_text_config(), "sliding_window", None) or tokens + 1
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            is_eager = model.config._attn_implementation == "eager"
-            return _measure(model, tokens if is_eager else TOKENS)
+            has_pairs = model.config._attn_implementation == "eager" or window <= tokens
+            return _measure(model, tokens if has_pairs else TOKENS)
     except Exception:  # whatever stops such a run would not stop a real one
         return _estimate(config.get_text_config(), dtype)
 
@@ -50,10 +51,18 @@ def without_storage() -> Iterator[None]:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_packed_rows():
             yield
     finally:
         log.disabled = before
+
+
+@contextmanager
+def _without_packed_rows() -> Iterator[None]:
+    """transformers looks whether positions are those of several rows in one, and makes a mask for
+    them where it cannot see that: positions without storage do not tell."""
+    with patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None, create=True):
+        yield
 
 
 def _measure(model: nn.Module, tokens: int) -> Activations:

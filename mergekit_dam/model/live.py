@@ -8,7 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Live(TorchDispatchMode):
-    """The bytes that tensors made inside of this context have together,
+    """The bytes that tensors made inside of this context (and in this thread) have together,
     exactly: without an allocator's rounding and what it keeps. Tensors without storage count as if
     they had it."""
 

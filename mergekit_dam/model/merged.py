@@ -181,8 +181,11 @@ class MergedModel(nn.Module):
         return Head(model._split, made, model.intercepted)
 
     def has_head(self, source: int) -> bool:
-        """Whether a source's states are something else than its logits; known after a pass."""
-        return not self._teachers.get(source, self)._split.is_whole
+        """Whether a source's states are something else than its logits, which a pass shows."""
+        split = self._teachers.get(source, self)._split
+        if not split.is_known:
+            self.states(torch.zeros(2, 3, dtype=torch.long, device=self.device), source)
+        return not split.is_whole
 
     def as_average(self):
         """A context in which the model is the plain average of its sources."""

@@ -7,7 +7,7 @@ often as it likes, and hands the outputs back. So what a block needs is there on
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,13 +57,15 @@ class Path:
         self._run(output)
 
     def stop(self) -> None:
-        if self._pass:  # has begun and not ended
+        while self._pass:  # has begun and not ended
             self._pass.throw()
 
     def _run(self, value: Any) -> None:
-        # Whether gradients are wanted is kept for a thread, of which all passes are part.
+        # Whether gradients are wanted is kept for a thread, of which all passes are part; a model
+        # may have switched them off where it calls a block.
         with torch.set_grad_enabled(self._has_gradients):
             reached = self._pass.switch(value)
+            self._has_gradients = torch.is_grad_enabled()
         if self._pass.dead:
             self.arrival, self.result = None, reached
         else:
@@ -78,13 +80,11 @@ def arrive(block: Block, args: tuple, kwargs: dict) -> Any:
 @contextmanager
 def begun(paths: Sequence[Path]) -> Iterator[None]:
     """A context in which every path stands at a block, at first at its first."""
-    try:
+    with ExitStack() as stack:
         for path in paths:
+            stack.callback(path.stop)
             path.start()
         yield
-    finally:
-        for path in paths:
-            path.stop()
 
 
 # Outputs of a block for several calls (args and kwargs of each), as a view sees it.
