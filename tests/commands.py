@@ -2,10 +2,13 @@
 
 import gc
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -36,6 +39,22 @@ def refusal(*command: object, **environment: str) -> str:
     return result.stderr.partition("Error: ")[2].strip()
 
 
+def kill_when(is_time: Callable[[], bool], *command: object) -> None:
+    """Start a command and kill it, without any warning, at a moment of the test's choice."""
+    name, *arguments = map(str, command)
+    with open(os.devnull, "w") as nowhere:
+        process, status = _forked(name, arguments, nowhere.fileno(), nowhere.fileno()), None
+        try:
+            while status is None and not is_time():
+                time.sleep(0.01)
+                ended, found = os.waitpid(process, os.WNOHANG)
+                status = found if ended else None
+        finally:
+            if status is None:
+                os.kill(process, signal.SIGKILL)
+                os.waitpid(process, 0)
+
+
 def _start(name: str, arguments: list[str], environment: dict[str, str]):
     return subprocess.run(
         [str(SCRIPTS / name), *arguments],
@@ -47,18 +66,22 @@ def _start(name: str, arguments: list[str], environment: dict[str, str]):
 
 
 def _fork(name: str, arguments: list[str]) -> subprocess.CompletedProcess:
-    (script,) = entry_points(group="console_scripts", name=Path(name).name)
-    main = script.load()
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        process = os.fork()
-        if process == 0:
-            gc.freeze()  # what the tests have loaded is no garbage of the command's
-            os._exit(_main(main, [name, *arguments], out.fileno(), err.fileno()))
-        _, status = os.waitpid(process, 0)
+        _, status = os.waitpid(_forked(name, arguments, out.fileno(), err.fileno()), 0)
         out.seek(0)
         err.seek(0)
         code = os.waitstatus_to_exitcode(status)
         return subprocess.CompletedProcess([name, *arguments], code, out.read(), err.read())
+
+
+def _forked(name: str, arguments: list[str], out: int, err: int) -> int:
+    (script,) = entry_points(group="console_scripts", name=Path(name).name)
+    main = script.load()
+    process = os.fork()
+    if process == 0:
+        gc.freeze()  # what the tests have loaded is no garbage of the command's
+        os._exit(_main(main, [name, *arguments], out, err))
+    return process
 
 
 def _main(main, arguments: list[str], out: int, err: int) -> int:

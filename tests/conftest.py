@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: recipes over tiny checkpoints."""
 
+import gc
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,17 @@ import tiny  # noqa: E402  after the settings above
 import yaml  # noqa: E402
 
 from mergekit_dam import report  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays: a collection of garbage, of which a fit makes two, would look
+    through it for a quarter of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)

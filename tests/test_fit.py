@@ -1,6 +1,5 @@
 """The fit: what it changes, that it is reproducible, and that it survives being killed."""
 
-import itertools
 import json
 import math
 import os
@@ -16,7 +15,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from commands import SCRIPTS, refusal, run
+from commands import SCRIPTS, kill_when, refusal, run
 from mergekit.options import MergeOptions
 
 from mergekit_dam import losses
@@ -186,27 +185,14 @@ def has_checkpoint(out: Path) -> bool:
     return last_checkpoint(Path(f"{out}.fit")) is not None
 
 
-def kill_when(command: list[str], is_time) -> None:
-    """Start a fit and kill it, without any warning, at a moment of the test's choice."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        for _ in itertools.count():
-            if is_time() or process.poll() is not None:
-                break
-            time.sleep(0.01)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-
 def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
     dam = {"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3}
     path = recipe(models, dam={**dam, "start": "least_squares"})
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
-    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--out", str(broken), "--quiet"]
+    command = ["mergekit-dam", "fit", path, "--out", broken, "--quiet"]
     folder = Path(f"{broken}.fit")
-    kill_when(command, lambda: (folder / "checkpoint-8").exists())
+    kill_when((folder / "checkpoint-8").exists, *command)
     assert not broken.exists()
     assert list(folder.glob("checkpoint-*"))
     assert "--resume" in refusal(*command)  # rather than lose what was done
@@ -243,8 +229,8 @@ def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):
 def test_a_start_that_was_killed_goes_on_as_the_same_fit_alone(recipe, models, tmp_path):
     out = tmp_path / "dam.safetensors"
     path = recipe(models, dam={"start": "least_squares", "steps": 1000, "checkpoint_every": 999})
-    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
-    kill_when(command, lambda: (Path(f"{out}.fit") / PROGRESS).exists())
+    command = ["mergekit-dam", "fit", path, "--quiet"]
+    kill_when((Path(f"{out}.fit") / PROGRESS).exists, *command)
     document = yaml.safe_load(path.read_text())
     path.write_text(yaml.safe_dump({**document, "dam": {**document["dam"], "seed": 9, "steps": 3}}))
     assert "begun with other settings (dam.seed, dam.steps" in refusal(*command, "--resume")
@@ -285,9 +271,7 @@ def test_a_finished_fit_leaves_anothers_checkpoints(recipe, models, tmp_path):
     first = read_recipe(str(recipe(models)))
     fit(first, str(out), QUIET, device="cpu")
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
-    kill_when(
-        [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"], lambda: has_checkpoint(out)
-    )
+    kill_when(lambda: has_checkpoint(out), "mergekit-dam", "fit", path, "--quiet")
     fit(first, str(out), QUIET, device="cpu", resume=True)
     assert has_checkpoint(out)
 
@@ -408,8 +392,8 @@ def test_an_interrupt_that_breaks_a_write_is_one_still(heeded_interrupts):
 def test_a_resumed_fit_refuses_other_settings(recipe, models, tmp_path):
     out = tmp_path / "dam.safetensors"
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
-    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
-    kill_when(command, lambda: has_checkpoint(out))
+    command = ["mergekit-dam", "fit", path, "--quiet"]
+    kill_when(lambda: has_checkpoint(out), *command)
     document = yaml.safe_load(path.read_text())
     document["dam"]["learning_rate"] = 0.5
     path.write_text(yaml.safe_dump(document))
@@ -467,9 +451,9 @@ def test_a_finished_fit_is_not_taken_for_another(recipe, models, tmp_path):
 @pytest.mark.parametrize("damage", ["missing", "half"])
 def test_checkpoints_that_nothing_tells_of(recipe, models, tmp_path, damage):
     path = recipe(models, dam={"steps": 500, "checkpoint_every": 2})
-    command = [str(SCRIPTS / "mergekit-dam"), "fit", str(path), "--quiet"]
+    command = ["mergekit-dam", "fit", path, "--quiet"]
     folder = tmp_path / "dam.safetensors.fit"
-    kill_when(command, lambda: has_checkpoint(tmp_path / "dam.safetensors"))
+    kill_when(lambda: has_checkpoint(tmp_path / "dam.safetensors"), *command)
     record = folder / "fit.json"
     record.unlink() if damage == "missing" else record.write_text(record.read_text()[:40])
     assert "remove the folder to start over" in refusal(*command, "--resume")

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ import pytest
 import tiny
 import torch
 import yaml
-from commands import SCRIPTS, refusal, run
+from commands import kill_when, refusal, run
 from compatibility import shows
 from mergekit.evo.genome import METHOD_PARAM_MAPS, ModelGenomeDefinition
 from mergekit.merge import run_merge
@@ -495,16 +494,17 @@ def test_the_figures_in_the_file_are_those_of_the_merged_model(config, tmp_path)
     assert figures == file.header.results.fit
 
 
-@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
+@pytest.mark.parametrize("delay", [0.0, 0.02, 0.05])
 def test_a_merge_killed_at_any_moment_leaves_no_half_model(config, tmp_path, delay):
     out = tmp_path / "out"
-    command = [str(SCRIPTS / "mergekit-dam"), "merge", str(config), str(out), "--quiet"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob(".out.partial-*")):
-        time.sleep(0.005)
-    time.sleep(delay)
-    process.kill()
-    process.wait()
+    begun = []
+
+    def is_time() -> bool:
+        if list(tmp_path.glob(".out.partial-*")):
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() >= begun[0] + delay
+
+    kill_when(is_time, "mergekit-dam", "merge", config, out, "--quiet")
     if out.exists():  # it was quicker than we
         tiny.load(out)
     else:
