@@ -186,7 +186,7 @@ def has_checkpoint(out: Path) -> bool:
 
 
 def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
-    dam = {"steps": 30, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3}
+    dam = {"steps": 20, "checkpoint_every": 4, "accumulation": 2, "evaluate_every": 3}
     path = recipe(models, dam={**dam, "start": "least_squares"})
     whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
     run("mergekit-dam", "fit", path, "--out", whole, "--quiet")
