@@ -6,6 +6,7 @@ followed. Fitting on the plan is what makes `dam` compose with all that mergekit
 """
 
 import copy
+import functools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -87,6 +88,11 @@ class Plan:
             source in output.inputs and output.name in output.inputs[source]
             for output in self.tensors.values()
         )
+
+    @functools.cached_property
+    def models_of_their_own(self) -> tuple[ModelReference, ...]:
+        """The sources with data that the merged model's skeleton cannot speak for."""
+        return tuple(source for source in self.teachers if not self.is_whole(source))
 
     def differing_keys(self, source: ModelReference) -> list[str]:
         """In which the source's config asks for other computations than the merge's."""

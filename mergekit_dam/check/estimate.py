@@ -101,7 +101,7 @@ def estimate(outline: Outline, settings: Settings) -> Estimate:
 
 def _held_twice(plan: Plan, settings: Settings) -> Iterator[str]:
     """Of each source that is a model of its own beside the merge: why; and what follows."""
-    others = [source for source in plan.teachers if not plan.is_whole(source)]
+    others = plan.models_of_their_own
     for source in others:
         reason = "its layers are not those of the merge"
         if keys := ", ".join(plan.differing_keys(source)[:3]):

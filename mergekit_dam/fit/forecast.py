@@ -88,7 +88,7 @@ class Outline:
             groups_of(skeleton, sizes),
             begins,
             made=sum(held(shapes, settings, skeleton, only_made=True).values()),
-            own=sum(not plan.is_whole(s) for s in plan.teachers) / len(plan.sources),
+            own=len(plan.models_of_their_own) / len(plan.sources),
             is_cast=shapes.dtypes() != {dtype},
         )
         return Forecast(numbers, trained, dtype, sizes, work, found, where)
@@ -104,7 +104,7 @@ def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, in
 
 def own_models(plan: Plan, shapes: HeaderShapes) -> int:
     """Bytes of the sources that the merge's skeleton cannot speak for: held once more, whole."""
-    return sum(shapes.whole(source) for source in plan.teachers if not plan.is_whole(source))
+    return sum(map(shapes.whole, plan.models_of_their_own))
 
 
 def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) -> Workload:

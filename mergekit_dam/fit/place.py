@@ -107,9 +107,11 @@ def place(
     least = found.of("block" if settings.recompute == "auto" else settings.recompute)
     least = max(least * bool(settings.max_steps), start.of(is_copied=is_cast) if start else 0)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
-    there = {"none": sources if is_cuda else made}
-    there["cpu"] = int(_most_together(groups) * (1 + own)) if is_cuda else made
-    there["disk"] = int(max(groups, default=0) * (1 + own))
+    there = {
+        "none": sources if is_cuda else made,
+        "cpu": int(_most_together(groups) * (1 + own)) if is_cuda else made,
+        "disk": int(max(groups, default=0) * (1 + own)),
+    }
     recompute, how = choose_recompute(settings, found, free - there[offload])
     is_copied = is_cast or (is_cuda and offload == "disk")
     return Place(

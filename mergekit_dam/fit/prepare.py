@@ -144,7 +144,7 @@ def own_models(
     return {
         number: own_model(source, recipe, plan, dtype, device, offload)
         for number, source in enumerate(plan.teachers)
-        if not plan.is_whole(source)
+        if source in plan.models_of_their_own
     }
 
 

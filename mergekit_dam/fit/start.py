@@ -42,7 +42,7 @@ def _has_weights(plan: Plan) -> bool:
 def first_of_another_layout(plan: Plan) -> ModelReference | None:
     """A source that is a model of its own rather than a filling of the merge's skeleton, so that
     its layers have no counterparts in the merge."""
-    return next((source for source in plan.teachers if not plan.is_whole(source)), None)
+    return next(iter(plan.models_of_their_own), None)
 
 
 def start_problems(settings: Settings, plan: Plan) -> Iterator[str]:

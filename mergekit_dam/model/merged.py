@@ -150,7 +150,7 @@ class MergedModel(nn.Module):
     def _side_by_side(self, passes: Sequence[tuple[Tensor, View]]) -> list[Tensor]:
         if len(passes) < 2:
             return [self.states(*own) for own in passes]
-        self._learn_split(passes[0][0])
+        self._learn_split(passes[0][1])
         paths = [
             Path(self._split.states, ids, view, has_gradients=_has_gradients(view))
             for ids, view in passes
@@ -159,11 +159,11 @@ class MergedModel(nn.Module):
             drive(paths, self._run)
         return [path.result for path in paths]
 
-    def _learn_split(self, input_ids: Tensor) -> None:
+    def _learn_split(self, view: View) -> None:
         """Before several passes, which could not try the head on the way."""
         if not self._split.is_known:
             with torch.no_grad():
-                self.states(input_ids[:2, :3])
+                self.states(torch.zeros(2, 3, dtype=torch.long, device=self.device), view)
 
     def _run(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
         """A block's outputs for several calls, its weights made once."""
@@ -182,10 +182,9 @@ class MergedModel(nn.Module):
 
     def has_head(self, source: int) -> bool:
         """Whether a source's states are something else than its logits, which a pass shows."""
-        split = self._teachers.get(source, self)._split
-        if not split.is_known:
-            self.states(torch.zeros(2, 3, dtype=torch.long, device=self.device), source)
-        return not split.is_whole
+        model, view = self.speaker(source)
+        model._learn_split(view)
+        return not model._split.is_whole
 
     def as_average(self):
         """A context in which the model is the plain average of its sources."""
