@@ -18,6 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from mergekit_dam.inputs import Inputs
+
 Formula = Literal["weights", "task_vectors"]
 Granularity = Literal["column", "row", "tensor", "element"]
 FORMULAS: tuple[str, ...] = get_args(Formula)
@@ -59,18 +61,28 @@ def combine(
     dtype: torch.dtype | None = None,
     *,
     prepared: bool = False,
-    again: Callable[[], tuple[Sequence[Tensor], Tensor | None]] | None = None,
 ) -> Tensor:  # S
     """base + Σ_i c_i * (W_i - base), accumulated in float32 (float64 for float64 sources).
 
     Returned in `dtype`, by default the sources'. Differentiable in `coefficients` alone.
-    With `prepared`, `sources` are the D_i themselves: sparsified task vectors. `again` gives the
-    sources and what is subtracted from them to the backward pass; without it they are kept.
+    With `prepared`, `sources` are the D_i themselves: sparsified task vectors.
     """
-    if len(coefficients) != len(sources):
-        raise ValueError(f"{len(coefficients)} coefficients for {len(sources)} sources")
-    dtype = dtype or sources[0].dtype
-    return _Combine.apply(coefficients, base, dtype, prepared, again, *sources)
+    inputs = Inputs(tuple(sources), base, tuple(sources) if prepared else None)
+    return combine_all([coefficients], [inputs], [dtype or sources[0].dtype])[0]
+
+
+def combine_all(
+    coefficients: Sequence[Tensor],  # of each tensor [N, *B] float32
+    inputs: Sequence[Inputs],
+    dtypes: Sequence[torch.dtype],
+    again: Callable[[], Sequence[Inputs]] | None = None,
+) -> tuple[Tensor, ...]:
+    """`combine` of several tensors, which a GPU makes in one go. `again` gives the inputs to the
+    backward pass; without it they are kept."""
+    for own, c in zip(inputs, coefficients, strict=True):
+        if len(c) != len(own.sources):
+            raise ValueError(f"{len(c)} coefficients for {len(own.sources)} sources")
+    return _Combine.apply(inputs, dtypes, again or (lambda: inputs), *coefficients)
 
 
 @functools.cache
@@ -100,33 +112,61 @@ class _Combine(torch.autograd.Function):
     whose storage would be N times the weights: the gradient needs the D_i alone."""
 
     @staticmethod
-    def forward(ctx, coefficients, base, dtype, prepared, again, *sources):
-        kept = sources, None if prepared else base
-        ctx.again, ctx.shape = again or (lambda: kept), coefficients.shape
-        if kernels := _kernels(sources[0].device):
-            return kernels.combine(coefficients, sources, base, dtype, prepared=prepared)
+    def forward(ctx, inputs, dtypes, again, *coefficients):
+        ctx.again, ctx.shapes = again, [c.shape for c in coefficients]
+        ctx.set_materialize_grads(False)  # of weights that nothing was computed with
+        if not inputs:
+            return ()
+        kernels = _kernels(inputs[0].sources[0].device)
+        return tuple((kernels.combine if kernels else _combine)(coefficients, inputs, dtypes))
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
+        wanted = [
+            n for n, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[3 + n]
+        ]
+        by_c: list[Tensor | None] = [None] * len(gradients)
+        if wanted:
+            inputs = ctx.again()
+            kernels = _kernels(gradients[wanted[0]].device)
+            found = (kernels.gradient if kernels else _gradient)(
+                *([own[n] for n in wanted] for own in (gradients, inputs, ctx.shapes))
+            )
+            for n, own in zip(wanted, found, strict=True):
+                by_c[n] = own.float()
+        return None, None, None, *by_c
+
+
+def _combine(
+    coefficients: Sequence[Tensor], inputs: Sequence[Inputs], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    made = []
+    for factors, own, dtype in zip(coefficients, inputs, dtypes, strict=True):
+        sources = own.parts[0]
         merged = torch.empty_like(sources[0], dtype=dtype)
         for part in pieces(merged):
             _combine_part(
                 cut(merged, part),
-                [cut(c, part) for c in coefficients],
+                [cut(c, part) for c in factors],
                 [cut(source, part) for source in sources],
-                None if base is None else cut(base, part),
-                prepared,
+                None if own.base is None else cut(own.base, part),
+                own.prepared is not None,
             )
-        return merged
-
-    @staticmethod
-    def backward(ctx, gradient):
-        """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
-        sources, subtracted = ctx.again()
-        kernels = _kernels(gradient.device)
-        reduced = kernels.gradient if kernels else _gradient
-        by_c = reduced(gradient, sources, subtracted, ctx.shape)
-        return by_c.float(), *(None for _ in range(4 + len(sources)))
+        made.append(merged)
+    return made
 
 
 def _gradient(
+    gradients: Sequence[Tensor], inputs: Sequence[Inputs], shapes: Sequence[Sequence[int]]
+) -> list[Tensor]:  # [N, *B], the shapes
+    return [
+        _gradient_of_one(gradient, *own.parts, shape)
+        for gradient, own, shape in zip(gradients, inputs, shapes, strict=True)
+    ]
+
+
+def _gradient_of_one(
     gradient: Tensor, sources: Sequence[Tensor], base: Tensor | None, shape: Sequence[int]
 ) -> Tensor:  # [N, *B], which is `shape`
     parts, accumulator = list(pieces(gradient)), _accumulator(sources)

@@ -12,48 +12,42 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mergekit_dam import kernels
+from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of
+from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
+from mergekit_dam.kernels.table import FEWEST, Kind
 
-ALIGNED = [["tt.divisibility", 16]]
 SHAPE = (4096, 11008)
 BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
-VARIANTS = [  # sources, dtype, base
-    (3, "bf16", None), (kernels.TOGETHER, "bf16", None), (kernels.TOGETHER, "fp32", "*fp32"),
+VARIANTS = [  # sources, dtype, whether there is a base
+    (3, torch.bfloat16, False), (kernels.TOGETHER, torch.bfloat16, False),
+    (kernels.TOGETHER, torch.float32, True),
 ]  # fmt: skip
 
 
-def arguments(layout: kernels._Layout, count: int, dtype: str, base: str | None) -> dict:
-    own = {key: getattr(layout, key) for key in ("stack", "kept", "summed")}
-    names = ("stack_stride", "kept_stride", "summed_stride")
-    return own | {
-        "merged": f"*{dtype}", "partial": "*fp32", "outer": f"*{dtype}", "coefficients": "*fp32",
-        "sources": (f"*{dtype}",) * count, "base": base, "PREPARED": False, "COUNT": count,
-        "WIDE": tl.float32, "tiles_kept": layout.tiles_kept, "tiles_summed": layout.tiles_summed,
-        "chunks": 32, "TILE_SUMMED": layout.tile[0], "TILE_KEPT": layout.tile[1],
-        "TILES": kernels.STEPS,
-    } | dict(zip(names, layout.strides, strict=True))  # fmt: skip
+def constants(layout: Layout, count: int, dtype: torch.dtype, has_base: bool) -> dict:
+    kind = Kind(
+        count, dtype, dtype, torch.float32, has_base, False, layout.tile, layout.is_side, True
+    )
+    return kind.options | {"COUNT": count, "ROWS": FEWEST, "IS_PREPARED": False}
 
 
 def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:
-    signature, constants, attributes = {}, {}, {}
-    for index, parameter in enumerate(kernel.params):
-        name, value = parameter.name, given[parameter.name]
-        if isinstance(value, tuple):
-            signature[name] = value
-            attributes |= {(index, place): ALIGNED for place in range(len(value))}
-        elif isinstance(value, str):
-            signature[name], attributes[(index,)] = value, ALIGNED
-        elif parameter.is_constexpr or value is None or value == 1:  # as a launch specialises
-            signature[name], constants[name] = "constexpr", value
-        else:
-            signature[name] = "i32"
-            attributes |= {(index,): ALIGNED} if value % 16 == 0 else {}
-    source = ASTSource(kernel, signature, constants, attributes)
+    types = {"table": "*i64", "partial": "*fp32", "chunks": "i32", "places": "i32"}
+    names = [parameter.name for parameter in kernel.params]
+    signature = {name: types.get(name, "constexpr") for name in names}
+    own = {name: given[name] for name in names if name in given}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(names)
+        if signature[name].startswith("*")
+    }
+    source = ASTSource(kernel, signature, own, aligned)
     return triton.compile(source, target, kernels.OPTIONS).asm["ptx"]
 
 
@@ -76,18 +70,18 @@ if __name__ == "__main__":
             "capability": capability,
             "kernel": kernel.fn.__name__,
             "granularity": granularity,
-            "variant": variant,
+            "variant": str(variant),
             "loads": sorted(set(re.findall(r"ld\.global\.v\d+", ptx))),
             "spilled": spilled(ptx),
         }
         for capability in sys.argv[1:]
         for kernel, numbers in (
-            (kernels._combine_kernel, kernels.MERGED),
-            (kernels._gradient_kernel, kernels.SUMMED),
+            (combine_kernel, MERGED),
+            (gradient_kernel, SUMMED),
         )
         for granularity, broadcast in BROADCASTS.items()
         for variant in VARIANTS
-        for given in [arguments(kernels._layout(SHAPE, broadcast, numbers), *variant)]
+        for given in [constants(layout_of(SHAPE, broadcast, numbers), *variant)]
         for ptx in [compiled(kernel, given, GPUTarget("cuda", int(capability), 32))]
     ]
     print(json.dumps(found))

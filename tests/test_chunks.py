@@ -99,10 +99,10 @@ def test_only_predicted_positions_reach_the_head_a_few_at_a_time(
         return run_with(block, weights, *args, **kwargs)
 
     made = []
-    merged_weight = merged.merged_weight
+    merged_weights = merged.merged_weights
     monkeypatch.setattr(Block, "run_with", counting)
     monkeypatch.setattr(
-        merged, "merged_weight", lambda name: made.append(name) or merged_weight(name)
+        merged, "merged_weights", lambda names: made.extend(names) or merged_weights(names)
     )
     distil(**batch(ROWS, SOURCES))["loss"].backward()
     assert max(seen) <= 3

@@ -15,7 +15,9 @@ from mergekit_dam.formula import (
     alignment,
     coefficient_shape,
     combine,
+    combine_all,
 )
+from mergekit_dam.inputs import Inputs
 
 # name -> (S, what coefficient_shape is told, B for column, B for row)
 LAYOUTS = {
@@ -55,6 +57,21 @@ def example(
     sources = [torch.randn(shape, generator=generator).to(dtype) for _ in range(count)]
     base = torch.randn(shape, generator=generator).to(dtype)
     return coefficients, sources, base if formula == "task_vectors" else None
+
+
+def test_several_at_once_are_as_each_alone() -> None:
+    """Of which one is not trained and one not used: it gets no gradient."""
+    examples = [example(layout, "column", "task_vectors") for layout in ("linear", "norm", "bias")]
+    together = [c.clone().requires_grad_(n > 0) for n, (c, _, _) in enumerate(examples)]
+    inputs = [Inputs(tuple(sources), base, None) for _, sources, base in examples]
+    first, second, _ = combine_all(together, inputs, [torch.float32] * 3)
+    (first.sum() + second.square().sum()).backward()
+    assert together[0].grad is together[2].grad is None
+    c, sources, base = examples[1]
+    alone = combine(c.requires_grad_(), sources, base)
+    alone.square().sum().backward()
+    assert torch.equal(second, alone)
+    assert torch.equal(together[1].grad, c.grad)
 
 
 @LAYOUT

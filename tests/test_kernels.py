@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mergekit_dam import formula
-from mergekit_dam.formula import FORMULAS, GRANULARITIES, coefficient_shape, combine
+from mergekit_dam.formula import FORMULAS, GRANULARITIES, coefficient_shape, combine, combine_all
+from mergekit_dam.inputs import Inputs
 
 pytest.importorskip("triton", reason="needs Triton, which is there for Linux")
 IS_CUDA = torch.cuda.is_available()
@@ -132,6 +133,35 @@ def test_the_same_bits_at_each_call(kernels, monkeypatch) -> None:
     assert all(map(torch.equal, first, second))
 
 
+@pytest.mark.parametrize("count", [1, 3, 5])
+def test_several_tensors_at_once(kernels, monkeypatch, count) -> None:
+    """More than a table has rows of one kind, and of kinds that go apart."""
+    generator = torch.Generator().manual_seed(7)
+    shapes = [(n, 64) for n in range(1, 11)] + [(33, 65), (64,), (3, 17, 32), (0, 4), (2, 32)]
+    dtypes = [torch.float32] * 12 + [torch.bfloat16] * 3
+    coefficients, inputs, outers = [], [], []
+    for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+        granularity = GRANULARITIES[number % len(GRANULARITIES)]
+        drawn = torch.randn((count + 2, *shape), generator=generator).to(DEVICE, dtype)
+        base, outer, *sources = drawn
+        sources, has_base = tuple(sources), number % 3
+        inputs.append(
+            Inputs(sources, base if has_base else None, sources if has_base == 2 else None)
+        )
+        outers.append(outer)
+        factors = (count, *coefficient_shape(shape, granularity))
+        coefficients.append(torch.randn(factors, generator=generator).to(DEVICE))
+    found = []
+    for chosen in (None, kernels):
+        monkeypatch.setattr(formula, "_kernels", lambda device, chosen=chosen: chosen)
+        leaves = [c.clone().requires_grad_() for c in coefficients]
+        made = combine_all(leaves, inputs, dtypes)
+        torch.autograd.backward(made, outers)
+        found.append([(m.detach(), c.grad) for m, c in zip(made, leaves, strict=True)])
+    for plain, fused, shape in zip(*found, shapes, strict=True):
+        assert_like(plain, fused, shape)
+
+
 def test_they_are_tried_before_they_are_used(kernels) -> None:
     kernels._works.cache_clear()
     assert kernels.works(DEVICE)
@@ -147,9 +177,10 @@ def test_they_are_tried_where_another_device_is_the_default(kernels) -> None:
 def test_an_empty_tensor(kernels) -> None:
     empty = torch.empty(0, 4, device=DEVICE)
     c = torch.ones(2, 1, 4, device=DEVICE)
-    merged = kernels.combine(c, [empty] * 2, None, torch.float32, prepared=False)
+    inputs = Inputs((empty, empty), None, None)
+    (merged,) = kernels.combine([c], [inputs], [torch.float32])
     assert merged.shape == (0, 4)
-    assert not kernels.gradient(empty, [empty] * 2, None, c.shape).any()
+    assert not kernels.gradient([empty], [inputs], [c.shape])[0].any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 17])
@@ -165,7 +196,7 @@ def test_what_does_not_work_is_said_and_not_used(kernels, monkeypatch, caplog, f
     def broken(*args, **kwargs):
         if fault == "raises":
             raise RuntimeError("no C compiler\nand more")
-        return torch.zeros(3, 1, 300, device=DEVICE)
+        return [torch.zeros(3, 1, 1, device=DEVICE)] * 3
 
     monkeypatch.setattr(kernels, "gradient", broken)
     kernels._works.cache_clear()

@@ -20,6 +20,7 @@ from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.resume import PROGRESS
 from mergekit_dam.formula import coefficient_shape, combine
+from mergekit_dam.inputs import Inputs
 from mergekit_dam.least_squares import least_squares
 from mergekit_dam.least_squares.layers import layers
 from mergekit_dam.least_squares.objective import (
@@ -30,7 +31,7 @@ from mergekit_dam.least_squares.objective import (
 )
 from mergekit_dam.least_squares.problem import Problem
 from mergekit_dam.least_squares.solve import solve
-from mergekit_dam.model import Block, Inputs
+from mergekit_dam.model import Block
 
 QUIET = MergeOptions(quiet=True)
 GRANULARITIES = ("column", "row", "tensor", "element")

@@ -46,16 +46,16 @@ def test_gradients_are_the_same_to_the_last_bit(make, name):
 def test_whose_weights_exist_together(make, monkeypatch, mode):
     """One block's at most, but with `none`: then all of them."""
     alive, most = [], 0
-    combine = weights.combine
+    combine_all = weights.combine_all
 
     def counting(*args, **kwargs):
         nonlocal most
-        weight = combine(*args, **kwargs)
-        alive.append(weakref.ref(weight))
+        made = combine_all(*args, **kwargs)
+        alive.extend(map(weakref.ref, made))
         most = max(most, sum(reference() is not None for reference in alive))
-        return weight
+        return made
 
-    monkeypatch.setattr(weights, "combine", counting)
+    monkeypatch.setattr(weights, "combine_all", counting)
     merged = make("llama")
     merged.recompute = mode
     merged(tiny.tokens()).sum().backward()

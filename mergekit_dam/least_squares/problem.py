@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mergekit_dam.formula import combine
+from mergekit_dam.formula import combine_all
+from mergekit_dam.inputs import Inputs
 from mergekit_dam.least_squares.objective import LayerObjective, Part, Weights
-from mergekit_dam.model import Inputs
 
 Coefficients = dict[str, Tensor]  # output tensor -> [n, *B], of the n sources that have it
 
@@ -118,11 +118,9 @@ class _Outputs:
         return tensor[self.part.index(name, tensor)]
 
     def _weights(self, coefficients: Coefficients) -> Weights:
-        return {name: self._weight(self._inputs(name), c) for name, c in coefficients.items()}
-
-    def _weight(self, inputs: Inputs, coefficients: Tensor) -> Tensor:
-        prepared = inputs.prepared is not None
-        return combine(coefficients, inputs.parts[0], inputs.base, self.dtype, prepared=prepared)
+        inputs = [self._inputs(name) for name in coefficients]
+        made = combine_all(list(coefficients.values()), inputs, [self.dtype] * len(inputs))
+        return dict(zip(coefficients, made, strict=True))
 
     def _reduced(
         self, coefficients: Coefficients, of_weights: Callable[[Weights], Weights]

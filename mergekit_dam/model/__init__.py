@@ -3,7 +3,7 @@
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.head import Head
 from mergekit_dam.model.merged import MergedModel
-from mergekit_dam.model.offload import Inputs, Offload
+from mergekit_dam.model.offload import Offload
 from mergekit_dam.model.paths import Arrival, Path, View
 from mergekit_dam.model.recompute import Recompute
 from mergekit_dam.model.skeleton import Role, Skeleton, build_skeleton
@@ -13,7 +13,6 @@ __all__ = [
     "Arrival",
     "Block",
     "Head",
-    "Inputs",
     "MergedModel",
     "Offload",
     "Path",

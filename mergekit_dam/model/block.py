@@ -10,6 +10,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.model.assembly import Assembly
 from mergekit_dam.model.skeleton import Skeleton
 
+Make = Callable[[Sequence[str]], Mapping[str, Tensor]]  # output tensors -> their weights
 Call = Callable[["Block", tuple, dict], Any]  # runs a block with the arguments that it was given
 
 
@@ -22,7 +23,7 @@ class Block(nn.Module):
         path: str,  # its name in the skeleton
         tensors: Mapping[str, str],  # the block's parameters and buffers -> output tensors
         assemblies: Sequence[Assembly],  # of its other parameters
-        make: Callable[[str], Tensor],
+        make: Make,
         call: "Call",
     ):
         super().__init__()
@@ -56,14 +57,15 @@ class Block(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The block's parameters and buffers, by their names in it."""
-        weights = {local: self._make(name) for local, name in self.tensors.items()}
+        direct = self._make(list(self.tensors.values()))
+        weights = {local: direct[name] for local, name in self.tensors.items()}
         for assembly in self._assemblies:
-            made = assembly({name: self._make(name) for name in assembly.names})
+            made = assembly(self._make(assembly.names))
             weights |= {name.removeprefix(f"{self.path}."): w for name, w in made.items()}
         return weights
 
 
-def with_made_weights(skeleton: Skeleton, make: Callable[[str], Tensor], call: Call) -> nn.Module:
+def with_made_weights(skeleton: Skeleton, make: Make, call: Call) -> nn.Module:
     """Put a `Block` in the place of every block of the skeleton."""
     missing = set(skeleton.tensors) | {p for a in skeleton.assemblies for p in a.parameters}
     for path, block in list(skeleton.blocks()):

@@ -222,8 +222,8 @@ class MergedModel(nn.Module):
         """Output tensor -> its weight as a view of this model has it, which is a view in its turn:
         made once, and not for each pass anew."""
         with self._seen_as(view):
-            names = {name for block in self._blocks for name in block.names()}
-            return {name: self._make(name) for name in names}
+            made = (self._make(block.names()) for block in self._blocks)
+            return {name: weight for own in made for name, weight in own.items()}
 
     def trained_blocks(self) -> list[Block]:
         """The blocks that have trained tensors of their own."""
@@ -247,10 +247,15 @@ class MergedModel(nn.Module):
         finally:
             self._view = before
 
-    def _make(self, name: str) -> Tensor:
-        """One weight of the present view, in the dtype of the forward pass."""
+    def _make(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Weights of the present view, in the dtype of the forward pass."""
         if self._view == "merge":
-            return self.merged_weight(name).to(self._dtype)
+            made = self.merged_weights(names)
+            return {name: weight.to(self._dtype) for name, weight in made.items()}
+        return {name: self._make_one(name) for name in names}
+
+    def _make_one(self, name: str) -> Tensor:
+        """Of a source, of the average, or given."""
         if isinstance(self._view, Mapping):
             return self._given(name).to(self.device, self._dtype)
         stack = self._weights[name]
@@ -272,15 +277,21 @@ class MergedModel(nn.Module):
             raise DamError(f"The merge has no tensor {name}, which its model needs.")
         return self._view[name]
 
-    def merged_weight(self, name: str) -> Tensor:
-        """An output tensor, rounded as the merge will write it; the gradient passes through."""
-        stack, coefficients = self._weights[name], getattr(self, self._names[name])
-        if len(stack.rows) < len(coefficients):
-            coefficients = coefficients[list(stack.rows)]
-        wide = torch.promote_types(stack.dtype, self._dtype)  # float32 of float16 and bfloat16
-        if wide == stack.dtype:
-            return stack.merge(coefficients, stack.dtype)
-        return _StraightThrough.apply(stack.merge(coefficients, wide), stack.dtype)
+    def merged_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Output tensors, rounded as the merge will write them; the gradient passes through."""
+        written = [self._weights[name].dtype for name in names]
+        # float32 of float16 and bfloat16
+        wide = [torch.promote_types(dtype, self._dtype) for dtype in written]
+        made = self._weights.merge(names, [self._own_coefficients(name) for name in names], wide)
+        return {
+            name: weight if weight.dtype == dtype else _StraightThrough.apply(weight, dtype)
+            for name, weight, dtype in zip(names, made, written, strict=True)
+        }
+
+    def _own_coefficients(self, name: str) -> Tensor:
+        """[n, *B] of the sources that have a tensor."""
+        coefficients, rows = getattr(self, self._names[name]), self._weights[name].rows
+        return coefficients if len(rows) == len(coefficients) else coefficients[list(rows)]
 
 
 def _has_gradients(view: View) -> bool:

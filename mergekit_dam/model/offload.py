@@ -6,37 +6,16 @@ copied, those of the next block while this one computes. What is computed is the
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.inputs import Inputs
 
 Offload = Literal["none", "cpu", "disk"]
 ALIGNMENT = 512  # bytes, of a tensor in an arena
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The tensors of one output tensor, each of shape S."""
-
-    sources: tuple[Tensor, ...]  # of the sources that have this tensor
-    base: Tensor | None  # of task vectors
-    prepared: tuple[Tensor, ...] | None  # the D_i, where they are sparsified
-
-    @property
-    def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
-        """What the coefficients scale, and what is to be subtracted from it before."""
-        return (self.sources, self.base) if self.prepared is None else (self.prepared, None)
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Inputs":
-        return Inputs(
-            tuple(map(change, self.sources)),
-            None if self.base is None else change(self.base),
-            None if self.prepared is None else tuple(map(change, self.prepared)),
-        )
 
 
 Read = Callable[[Collection[str]], Mapping[str, Inputs]]

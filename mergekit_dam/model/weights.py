@@ -1,7 +1,7 @@
 """The sources' weights, gathered by mergekit."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,8 +9,9 @@ from torch import Tensor
 
 from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import combine
-from mergekit_dam.model.offload import STORES, Inputs, Offload
+from mergekit_dam.formula import combine_all
+from mergekit_dam.inputs import Inputs
+from mergekit_dam.model.offload import STORES, Offload
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
 
@@ -33,18 +34,6 @@ class Stack:
     @property
     def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         return self.load().parts
-
-    def merge(self, coefficients: Tensor, dtype: torch.dtype) -> Tensor:
-        """The formula for coefficients [n, *B] of the n sources here."""
-        inputs = self.load()
-        return combine(
-            coefficients,
-            inputs.parts[0],
-            inputs.base,
-            dtype,
-            prepared=inputs.prepared is not None,
-            again=lambda: self.parts,
-        )
 
     def source(self, row: int) -> Tensor | None:
         """The tensor of one source, None where it has none."""
@@ -118,6 +107,19 @@ class SourceWeights:
     def group(self, groups: Iterable[Collection[str]]) -> None:
         """Which output tensors are needed together, so that they are read together."""
         self._store.group([[name for name in names if name in self] for names in groups])
+
+    def merge(
+        self,
+        names: Sequence[str],
+        coefficients: Sequence[Tensor],  # of each [n, *B], of the n sources that have it
+        dtypes: Sequence[torch.dtype],
+    ) -> tuple[Tensor, ...]:
+        """The formula, for tensors that are needed together."""
+
+        def load() -> list[Inputs]:
+            return [self[name].load() for name in names]
+
+        return combine_all(coefficients, load(), dtypes, again=load)
 
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]

@@ -60,11 +60,11 @@ PLAIN = "plain training step"
 @click.option("--cap", type=float, help="GB of the GPU that may be used")
 @click.option("--layers", type=int, help="instead of the shape's own number")
 @click.option("--folder", type=Path, help="where the models are kept")
-def main(shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder) -> None:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if cap and device != "cpu":
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
+@click.option("--only", default="", help="the steps of the fit whose names have this in them")
+def main(
+    shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder, only
+) -> None:
+    device = chosen(device, cap)
     config, dtype = told(shape, layers, sources, base, rows, length, device)
     with tempfile.TemporaryDirectory() as temporary:
         models, origin, ids = made(
@@ -73,11 +73,21 @@ def main(shape, sources, base, rows, length, repeat, device, offload, cap, layer
         plain = {} if cap else {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
         for where in offload:  # one at a time: the sources of two would not fit
             fit = prepared(Path(temporary), models, origin, ids, dtype, device, where)
-            steps = {**plain, **_steps(fit, Path(temporary), device, cap)}
+            own = _steps(fit, Path(temporary), device, cap)
+            steps = {**plain, **{name: step for name, step in own.items() if only in name}}
             peaks = {name: peak_of(step, device) for name, step in steps.items()}
             predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
             print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
             del fit, steps
+
+
+def chosen(device: str | None, cap: float | None) -> str:
+    """The device, held to `cap` GB of its memory."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if cap and device != "cpu":
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(cap * 1e9 / total)
+    return device
 
 
 def told(shape, layers, sources, base, rows, length, device):

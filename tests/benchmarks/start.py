@@ -2,7 +2,8 @@
 
     python -m tests.benchmarks.start [--shape small|cpu|7b] [--sources 3] [--rows 4] [--repeat 1]
 
-Random models are made and saved in a temporary folder. The floor is the matrix products alone, at
+Random models are made and saved in a temporary folder, or in `--folder`, where the next run finds
+them. The floor is the matrix products alone, at
 the speed of one large product on the same device.
 """
 
@@ -19,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mergekit_dam.fit.prepare import Fit
 from mergekit_dam.least_squares import least_squares, walk
-from tests.benchmarks.fit_step import SHAPES, made, prepared, told
+from tests.benchmarks.fit_step import SHAPES, chosen, made, prepared, told
 from tests.benchmarks.measuring import Peak, alternate
 
 SOLVING, REST = "solving", "passes through the blocks and sums over the tokens"
@@ -34,15 +35,19 @@ SOLVING, REST = "solving", "passes through the blocks and sums over the tokens"
 @click.option("--repeat", default=3)
 @click.option("--device", default=None)
 @click.option("--offload", default="none")
+@click.option("--cap", type=float, help="GB of the GPU that may be used")
 @click.option("--layers", type=int, help="instead of the shape's own number")
-def main(shape, sources, base, rows, length, repeat, device, offload, layers) -> None:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+@click.option("--folder", type=Path, help="where the models are kept")
+def main(shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder) -> None:
+    device = chosen(device, cap)
     config, dtype = told(shape, layers, sources, base, rows, length, device)
-    with tempfile.TemporaryDirectory() as folder:
-        models, origin, ids = made(Path(folder), config, dtype, sources, base, rows, length, device)
+    with tempfile.TemporaryDirectory() as temporary:
+        models, origin, ids = made(
+            folder or Path(temporary), config, dtype, sources, base, rows, length, device
+        )
         runs = []
         for _ in range(repeat):
-            fit = prepared(Path(folder), models, origin, ids, dtype, device, offload)
+            fit = prepared(Path(temporary), models, origin, ids, dtype, device, offload)
             runs.append(_measured(fit, device))
         print(_table(runs, _seconds_of_a_flop(device, dtype), _seconds_of_a_flop(device)))
         print(f"\nforeseen: {fit.place.start / 1e6:.0f} MB")
