@@ -107,7 +107,9 @@ def gradient_kernel(
         totals = totals + (tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE),)  # noqa: RUF005  for Triton
     if HAS_BASE:
         base = _pointer(row + BASE, SOURCE, IS_ALIGNED)
-    for tile in range(chunk * tiles, (chunk + 1) * tiles):
+    tile = chunk * tiles
+    last = tile + tiles
+    while tile < last:
         m = tile * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
         if IS_SIDE:
             at = e * kept * summed + (m * kept)[:, None] + k[None, :]
@@ -124,6 +126,7 @@ def gradient_kernel(
                 part -= origin
             grown = grown + (totals[i] + part * slope,)  # noqa: RUF005
         totals = grown
+        tile += 1
     first = chunk * places + tl.load(row + RESULT) + e * kept + k
     for i in tl.static_range(COUNT):
         tl.store(partial + first + i * tl.load(row + OWN), tl.sum(totals[i], 0), k < kept)

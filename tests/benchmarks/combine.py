@@ -1,10 +1,10 @@
-"""Making a merged weight and reducing its gradient, against what moving the bytes takes.
+"""Making a layer's merged weights and reducing their gradients, against moving as many bytes.
 
     python -m tests.benchmarks.combine [--shape tiny|cpu|7b] [--sources 3] [--repeat 20]
 
-One matrix [intermediate, hidden] of the shape's model, column coefficients. The floor is a copy
-that reads and writes as many bytes as the pass must: the sources and the merged weight, or the
-sources and the weight's gradient. On a GPU the kernels and plain torch run in turns.
+The seven matrices of a decoder layer of the shape's model, column coefficients. The floor is a copy
+that reads and writes as many bytes as the pass must: the sources and the merged weights, or the
+sources and the weights' gradients. On a GPU the kernels and plain torch run in turns.
 """
 
 from collections.abc import Callable
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import formula
+from mergekit_dam.inputs import Inputs
 from tests.benchmarks.fit_step import SHAPES
 from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
 
@@ -30,23 +31,25 @@ def main(shape: str, sources: int, repeat: int, device: str | None) -> None:
     dtypes = (torch.bfloat16,) if device != "cpu" else (torch.float32, torch.bfloat16)
     print(machine(device))
     for dtype in dtypes:
-        size = (SHAPES[shape].intermediate_size, SHAPES[shape].hidden_size)
-        print(f"\n{sources} x {list(size)}, {dtype}\n")
-        steps = _steps(size, sources, dtype, device)
+        wide, width = SHAPES[shape].intermediate_size, SHAPES[shape].hidden_size
+        sizes = [(width, width)] * 4 + [(wide, width)] * 2 + [(width, wide)]
+        print(f"\n{sources} x {sizes}, {dtype}\n")
+        steps = _steps(sizes, sources, dtype, device)
         peaks = {name: peak_of(step, device) for name, step in steps.items()}
         several = {name: _several(step, device) for name, step in steps.items()}
         print(table(alternate(several, repeat, device), peaks, FLOOR))
 
 
-def _steps(size: tuple[int, int], count: int, dtype: torch.dtype, device: str) -> dict[str, Step]:
-    weights = [torch.randn(size, device=device).to(dtype) for _ in range(count + 1)]
-    outer, *sources = weights
-    half = torch.cat(weights).flatten()[: (count + 1) * outer.numel() // 2]  # read, then written
-    steps: dict[str, Step] = {FLOOR: half.clone}
+def _steps(sizes: list[tuple[int, int]], count: int, dtype, device: str) -> dict[str, Step]:
+    layer = [[torch.randn(s, device=device).to(dtype) for _ in range(count + 1)] for s in sizes]
+    outers = [outer for outer, *_ in layer]
+    inputs = [Inputs(tuple(sources), None, None) for _, *sources in layer]
+    halves = [torch.cat(own).flatten()[: (count + 1) * own[0].numel() // 2] for own in layer]
+    steps: dict[str, Step] = {FLOOR: lambda: [half.clone() for half in halves]}  # read, written
     for name, kernels in _ways(device).items():
         steps |= {
-            f"merge, {name}": _merge(sources, kernels),
-            f"gradient, {name}": _gradient(sources, outer, kernels),
+            f"merge, {name}": _merge(inputs, dtype, kernels),
+            f"gradient, {name}": _gradient(inputs, outers, dtype, kernels),
         }
     return steps
 
@@ -57,38 +60,42 @@ def _ways(device: str) -> dict[str, Callable]:
     return ways if found is None else {"kernels": lambda _: found, **ways}
 
 
-def _coefficients(sources: list[Tensor]) -> Tensor:
-    count, width = len(sources), sources[0].shape[1]
-    return torch.full((count, 1, width), 1 / count, device=sources[0].device)
+def _made(inputs: list[Inputs], dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
+    """Coefficients, and the weights made with them."""
+    of_each = [own.sources for own in inputs]
+    coefficients = [
+        torch.full((len(own), 1, own[0].shape[1]), 1 / len(own), device=own[0].device)
+        for own in of_each
+    ]
+    leaves = [c.requires_grad_() for c in coefficients]
+    return leaves, formula.combine_all(leaves, inputs, [dtype] * len(inputs))
 
 
-def _merge(sources: list[Tensor], kernels: Callable) -> Step:
-    coefficients = _coefficients(sources)
-
+def _merge(inputs: list[Inputs], dtype: torch.dtype, kernels: Callable) -> Step:
     def step() -> None:
         formula._kernels = kernels
-        formula.combine(coefficients, sources)
+        with torch.no_grad():
+            _made(inputs, dtype)
 
     return step
 
 
-def _gradient(sources: list[Tensor], outer: Tensor, kernels: Callable) -> Step:
-    coefficients = _coefficients(sources).requires_grad_()
+def _gradient(inputs: list[Inputs], outers: list[Tensor], dtype, kernels: Callable) -> Step:
     formula._kernels = kernels
-    merged = formula.combine(coefficients, sources)
+    coefficients, merged = _made(inputs, dtype)
 
     def step() -> None:
         formula._kernels = kernels
-        torch.autograd.grad(merged, coefficients, outer, retain_graph=True)
+        torch.autograd.grad(merged, coefficients, outers, retain_graph=True)
 
     return step
 
 
 def _several(step: Step, device: str) -> Step:
-    """On a GPU so many that what starts one takes no part in the time."""
+    """On a GPU so many that waiting for its end takes no part in the time."""
 
     def steps() -> None:
-        for _ in range(1 if device == "cpu" else 50):
+        for _ in range(1 if device == "cpu" else 20):
             step()
 
     return steps
