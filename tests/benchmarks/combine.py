@@ -44,8 +44,8 @@ def _steps(sizes: list[tuple[int, int]], count: int, dtype, device: str) -> dict
     layer = [[torch.randn(s, device=device).to(dtype) for _ in range(count + 1)] for s in sizes]
     outers = [outer for outer, *_ in layer]
     inputs = [Inputs(tuple(sources), None, None) for _, *sources in layer]
-    halves = [torch.cat(own).flatten()[: (count + 1) * own[0].numel() // 2] for own in layer]
-    steps: dict[str, Step] = {FLOOR: lambda: [half.clone() for half in halves]}  # read, written
+    halves = [torch.cat(own).flatten().chunk(2) for own in layer]
+    steps: dict[str, Step] = {FLOOR: lambda: [read.copy_(other) for read, other in halves]}
     for name, kernels in _ways(device).items():
         steps |= {
             f"merge, {name}": _merge(inputs, dtype, kernels),
