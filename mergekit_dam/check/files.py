@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mergekit_dam.coefficients import is_coefficient_file
 from mergekit_dam.config import Recipe
-from mergekit_dam.fit.resume import foreign_problem
+from mergekit_dam.fit.resume import folder_of, foreign_problem
 from mergekit_dam.hub import parse
 from mergekit_dam.places import hindrance
 
@@ -45,7 +45,7 @@ def _writing_problems(path: Path) -> Iterator[str]:
             f"{path} is there and is no coefficient file, so the fit would overwrite something "
             "else: give `parameters.coefficients` another path"
         )
-    if problem := foreign_problem(Path(f"{path}.fit")):
+    if problem := foreign_problem(folder_of(path)):
         yield problem
     if reason := hindrance(path):
         yield f"{path} cannot be written, since {reason}: give another path"

@@ -2,7 +2,6 @@
 
 import os
 import shlex
-import shutil
 from collections.abc import Callable, Collection, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +24,9 @@ from mergekit_dam.compare.search import Choice, best_of, configuration, evolve
 from mergekit_dam.config import Recipe
 from mergekit_dam.config.recipe import parse_document
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import fit
+from mergekit_dam.fit import fit, forget
 from mergekit_dam.fit.device import choose_device, choose_threads
-from mergekit_dam.fit.resume import digest
+from mergekit_dam.fit.resume import digest, folder_of
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.output import write_text
 from mergekit_dam.plan import plan_merge
@@ -164,9 +163,7 @@ class _Comparison:
         records.write(self._out / records.RESULTS, self._results)
         for name in names:
             self._cost_path(name).unlink(missing_ok=True)
-            Path(self._coefficients(name)).unlink(missing_ok=True)
-            for suffix in ("fit", "teachers"):
-                shutil.rmtree(f"{self._coefficients(name)}.{suffix}", ignore_errors=True)
+            forget(self._coefficients(name))
 
     def _add(self, entry: Entry) -> None:
         self._results = self._results.with_entry(entry)
@@ -239,7 +236,7 @@ class _Comparison:
     def _fit(self, name: str) -> None:
         """Writes the coefficients and, beside them, what they cost."""
         recipe, path = self._recipe_of(name), self._coefficients(name)
-        goes_on = Path(f"{path}.fit").exists()
+        goes_on = folder_of(path).exists()
         try:
             with metered(layers(self._plan), self._device) as meter:
                 fit(recipe, path, self._options, device=self._device, resume=True,

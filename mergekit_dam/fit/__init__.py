@@ -1,5 +1,5 @@
 """The coefficient-training stage."""
 
-from mergekit_dam.fit.stage import fit
+from mergekit_dam.fit.stage import fit, forget
 
-__all__ = ["fit"]
+__all__ = ["fit", "forget"]

@@ -35,6 +35,11 @@ FIGURES = pydantic.TypeAdapter(tuple[Figures, ...])
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
 
 
+def folder_of(out: str | Path) -> Path:
+    """Where the fit of a coefficient file keeps what it can go on with."""
+    return Path(f"{out}.fit")
+
+
 def identity(
     header: Header, data: Sequence[SourceData], dtype: torch.dtype, base: Source | None
 ) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mergekit_dam.fit.resume import (
     discard,
     discard_empty,
     find_checkpoint,
+    folder_of,
     keep_figures,
     kept_figures,
     require_place,
@@ -54,7 +55,7 @@ def fit(
     with `resume`, it ends with the same coefficients.
     Raises DamError for every mistake of the user's.
     """
-    folder = Path(f"{out}.fit")
+    folder = folder_of(out)
     require_place(folder, resume=resume)
     prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
@@ -76,6 +77,13 @@ def fit(
         files.save(out, prepared.merged.coefficients(), header)
         _discard_all(folder)
     return header
+
+
+def forget(out: str) -> None:
+    """Remove a coefficient file, and whatever a fit of it could go on with."""
+    Path(out).unlink(missing_ok=True)
+    for folder in (folder_of(out), _states_of(folder_of(out))):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _discard_all(folder: Path) -> None:
