@@ -6,7 +6,7 @@ For one output tensor with sources W_1..W_N, each of shape S, and coefficients c
 - `weights` (DAM, arXiv 2410.08371, section 3): base = 0, D_i = W_i;
 - `task_vectors`: base = W_base, D_i = W_i - W_base.
 
-The fit and the merge both call `combine`, so the two cannot drift apart.
+The fit and the merge both compute it here, so the two cannot drift apart.
 """
 
 import functools
@@ -75,14 +75,22 @@ def combine_all(
     coefficients: Sequence[Tensor],  # of each tensor [N, *B] float32
     inputs: Sequence[Inputs],
     dtypes: Sequence[torch.dtype],
-    again: Callable[[], Sequence[Inputs]] | None = None,
+    *,
+    stored: torch.dtype | None = None,
+    again: Callable[[Sequence[int]], Sequence[Inputs]] | None = None,
 ) -> tuple[Tensor, ...]:
-    """`combine` of several tensors, which a GPU makes in one go. `again` gives the inputs to the
-    backward pass; without it they are kept."""
+    """`combine` of several tensors, which a GPU makes in one go.
+
+    With `stored` they are given in that dtype, after they have been rounded to `dtypes`; gradients
+    pass through both roundings. `again` gives some of the inputs to the backward pass, by their
+    numbers; without it all are kept.
+    """
     for own, c in zip(inputs, coefficients, strict=True):
         if len(c) != len(own.sources):
             raise ValueError(f"{len(c)} coefficients for {len(own.sources)} sources")
-    return _Combine.apply(inputs, dtypes, again or (lambda: inputs), *coefficients)
+    again = again or (lambda numbers: [inputs[number] for number in numbers])
+    given = [stored or dtype for dtype in dtypes]
+    return _Combine.apply(inputs, dtypes, given, again, *coefficients)
 
 
 @functools.cache
@@ -112,45 +120,51 @@ class _Combine(torch.autograd.Function):
     whose storage would be N times the weights: the gradient needs the D_i alone."""
 
     @staticmethod
-    def forward(ctx, inputs, dtypes, again, *coefficients):
+    def forward(ctx, inputs, dtypes, stored, again, *coefficients):
         ctx.again, ctx.shapes = again, [c.shape for c in coefficients]
         ctx.set_materialize_grads(False)  # of weights that nothing was computed with
         if not inputs:
             return ()
         kernels = _kernels(inputs[0].sources[0].device)
-        return tuple((kernels.combine if kernels else _combine)(coefficients, inputs, dtypes))
+        make = kernels.combine if kernels else _combine
+        made = tuple(make(coefficients, inputs, dtypes, stored))
+        trained = zip(made, ctx.needs_input_grad[-len(made) :], strict=True)
+        ctx.mark_non_differentiable(*(weight for weight, wanted in trained if not wanted))
+        return made
 
     @staticmethod
     def backward(ctx, *gradients):
         """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i."""
-        wanted = [
-            n for n, g in enumerate(gradients) if g is not None and ctx.needs_input_grad[3 + n]
-        ]
         by_c: list[Tensor | None] = [None] * len(gradients)
+        wanted = [number for number, gradient in enumerate(gradients) if gradient is not None]
+        wanted = [n for n in wanted if ctx.needs_input_grad[n - len(gradients)]]
         if wanted:
-            inputs = ctx.again()
             kernels = _kernels(gradients[wanted[0]].device)
             found = (kernels.gradient if kernels else _gradient)(
-                *([own[n] for n in wanted] for own in (gradients, inputs, ctx.shapes))
+                [gradients[n] for n in wanted], ctx.again(wanted), [ctx.shapes[n] for n in wanted]
             )
-            for n, own in zip(wanted, found, strict=True):
-                by_c[n] = own.float()
-        return None, None, None, *by_c
+            for number, own in zip(wanted, found, strict=True):
+                by_c[number] = own.float()
+        return None, None, None, None, *by_c
 
 
 def _combine(
-    coefficients: Sequence[Tensor], inputs: Sequence[Inputs], dtypes: Sequence[torch.dtype]
+    coefficients: Sequence[Tensor],
+    inputs: Sequence[Inputs],
+    dtypes: Sequence[torch.dtype],
+    stored: Sequence[torch.dtype],
 ) -> list[Tensor]:
     made = []
-    for factors, own, dtype in zip(coefficients, inputs, dtypes, strict=True):
+    for factors, own, dtype, given in zip(coefficients, inputs, dtypes, stored, strict=True):
         sources = own.parts[0]
-        merged = torch.empty_like(sources[0], dtype=dtype)
+        merged = torch.empty_like(sources[0], dtype=given)
         for part in pieces(merged):
             _combine_part(
                 cut(merged, part),
                 [cut(c, part) for c in factors],
                 [cut(source, part) for source in sources],
                 None if own.base is None else cut(own.base, part),
+                dtype,
                 own.prepared is not None,
             )
         made.append(merged)
@@ -192,6 +206,7 @@ def _combine_part(
     coefficients: Sequence[Tensor],
     sources: Sequence[Tensor],
     base: Tensor | None,
+    dtype: torch.dtype,  # what it is rounded to
     prepared: bool,
 ) -> None:
     accumulator = _accumulator(sources)
@@ -206,6 +221,8 @@ def _combine_part(
         for source, factor in zip(sources, factors, strict=True):
             merged.add_(_difference(source, None if prepared else base) * factor)
         merged.add_(base)
+    if dtype not in (merged.dtype, out.dtype):
+        merged = merged.to(dtype)
     if merged is not out:
         out.copy_(merged)
 

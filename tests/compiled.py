@@ -20,21 +20,24 @@ from triton.compiler import ASTSource
 from mergekit_dam import kernels
 from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
-from mergekit_dam.kernels.table import FEWEST, Kind
+from mergekit_dam.kernels.table import DTYPES, FEWEST, Kind
 
 SHAPE = (4096, 11008)
 BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
-VARIANTS = [  # sources, dtype, whether there is a base
-    (3, torch.bfloat16, False), (kernels.TOGETHER, torch.bfloat16, False),
-    (kernels.TOGETHER, torch.float32, True),
+WIDE, NARROW = torch.float32, torch.bfloat16
+VARIANTS = [  # dtypes of the sources, and of a base
+    ((NARROW,) * 3, None), ((NARROW,) * kernels.TOGETHER, None), ((NARROW, WIDE), NARROW),
+    ((WIDE,) * kernels.TOGETHER, WIDE),
 ]  # fmt: skip
 
 
-def constants(layout: Layout, count: int, dtype: torch.dtype, has_base: bool) -> dict:
+def constants(layout: Layout, dtypes: tuple[torch.dtype, ...], base: torch.dtype | None) -> dict:
     kind = Kind(
-        count, dtype, dtype, torch.float32, has_base, False, layout.tile, layout.is_side, True
-    )
-    return kind.options | {"COUNT": count, "ROWS": FEWEST, "IS_PREPARED": False}
+        dtypes, base, dtypes[0], dtypes[0], torch.float32, False,
+        layout.tile, layout.is_side, True,
+    )  # fmt: skip
+    own = {"WIDTH": FEWEST, "DTYPES": kind.sources(), "WRITTEN": DTYPES[kind.written]}
+    return kind.options | own | {"IS_PREPARED": False}
 
 
 def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:

@@ -59,6 +59,21 @@ def example(
     return coefficients, sources, base if formula == "task_vectors" else None
 
 
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("written", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_weight_is_rounded_twice_and_its_gradient_never(written, stored) -> None:
+    """To what is written, and to what is computed with."""
+    coefficients, sources, base = example("linear", "column", "task_vectors")
+    inputs = [Inputs(tuple(sources), base, None)]
+    leaf, other = (coefficients.clone().requires_grad_() for _ in range(2))
+    (made,) = combine_all([leaf], inputs, [written], stored=stored)
+    assert torch.equal(made, plain(other, sources, base).to(written).to(stored))
+    upstream = torch.linspace(0, 1e-6, made.numel()).reshape(made.shape).to(stored)
+    made.backward(upstream)
+    plain(other, sources, base).backward(upstream.float())
+    torch.testing.assert_close(leaf.grad, other.grad)
+
+
 def test_several_at_once_are_as_each_alone() -> None:
     """Of which one is not trained and one not used: it gets no gradient."""
     examples = [example(layout, "column", "task_vectors") for layout in ("linear", "norm", "bias")]
@@ -67,6 +82,7 @@ def test_several_at_once_are_as_each_alone() -> None:
     first, second, _ = combine_all(together, inputs, [torch.float32] * 3)
     (first.sum() + second.square().sum()).backward()
     assert together[0].grad is together[2].grad is None
+    assert not first.requires_grad  # nothing is computed for it in vain
     c, sources, base = examples[1]
     alone = combine(c.requires_grad_(), sources, base)
     alone.square().sum().backward()

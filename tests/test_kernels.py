@@ -75,11 +75,11 @@ def both(
     return results
 
 
-def assert_like(plain, fused, shape) -> None:
+def assert_like(plain, fused, shape, written=torch.float64) -> None:
     """To a rounding of the result, and of float32 sums over a tensor in another order."""
     assert plain[0].dtype == fused[0].dtype
     assert plain[1].dtype == fused[1].dtype == torch.float32
-    step = torch.finfo(plain[0].dtype).eps
+    step = max(torch.finfo(dtype).eps for dtype in (plain[0].dtype, written))
     torch.testing.assert_close(fused[0], plain[0], rtol=step, atol=1e-5 if step < 1e-4 else step)
     noise = 1e-6 * math.sqrt(math.prod(shape))
     torch.testing.assert_close(fused[1], plain[1], rtol=1e-4, atol=max(noise, 1e-5))
@@ -133,33 +133,85 @@ def test_the_same_bits_at_each_call(kernels, monkeypatch) -> None:
     assert all(map(torch.equal, first, second))
 
 
-@pytest.mark.parametrize("count", [1, 3, 5])
-def test_several_tensors_at_once(kernels, monkeypatch, count) -> None:
-    """More than a table has rows of one kind, and of kinds that go apart."""
-    generator = torch.Generator().manual_seed(7)
-    shapes = [(n, 64) for n in range(1, 11)] + [(33, 65), (64,), (3, 17, 32), (0, 4), (2, 32)]
-    dtypes = [torch.float32] * 12 + [torch.bfloat16] * 3
-    coefficients, inputs, outers = [], [], []
-    for number, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
-        granularity = GRANULARITIES[number % len(GRANULARITIES)]
-        drawn = torch.randn((count + 2, *shape), generator=generator).to(DEVICE, dtype)
-        base, outer, *sources = drawn
-        sources, has_base = tuple(sources), number % 3
-        inputs.append(
-            Inputs(sources, base if has_base else None, sources if has_base == 2 else None)
-        )
-        outers.append(outer)
-        factors = (count, *coefficient_shape(shape, granularity))
-        coefficients.append(torch.randn(factors, generator=generator).to(DEVICE))
-    found = []
+Tensors = tuple[list[torch.Tensor], list[Inputs], list[torch.Tensor]]
+
+
+def drawn(shapes, granularity: str, dtypes, base: str, axis: int, seed: int) -> Tensors:
+    """Coefficients, inputs and weights' gradients of several tensors; `dtypes` of each source."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def numbers(shape, dtype=torch.float32):
+        return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+    coefficients, inputs = [], []
+    for shape in shapes:
+        factors = coefficient_shape(shape, granularity, input_axis=axis)
+        coefficients.append(numbers((len(dtypes), *factors)))
+        sources = tuple(numbers(shape, dtype) for dtype in dtypes)
+        origin = numbers(shape, dtypes[-1]) if base else None
+        inputs.append(Inputs(sources, origin, sources if base == "prepared" else None))
+    return coefficients, inputs, [numbers(shape) for shape in shapes]
+
+
+def by_both(kernels, patch, tensors: Tensors, written, stored) -> None:
+    """Several tensors by plain torch and by the kernels are alike."""
+    coefficients, inputs, outers = tensors
+    dtypes, found = [written] * len(inputs), []
     for chosen in (None, kernels):
-        monkeypatch.setattr(formula, "_kernels", lambda device, chosen=chosen: chosen)
+        patch.setattr(formula, "_kernels", lambda device, chosen=chosen: chosen)
         leaves = [c.clone().requires_grad_() for c in coefficients]
-        made = combine_all(leaves, inputs, dtypes)
-        torch.autograd.backward(made, outers)
+        made = combine_all(leaves, inputs, dtypes, stored=stored)
+        torch.autograd.backward(made, [outer.to(stored or written) for outer in outers])
         found.append([(m.detach(), c.grad) for m, c in zip(made, leaves, strict=True)])
-    for plain, fused, shape in zip(*found, shapes, strict=True):
-        assert_like(plain, fused, shape)
+    for plain, fused, outer in zip(*found, outers, strict=True):
+        assert_like(plain, fused, outer.shape, written)
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_several_tensors_at_once(kernels, data) -> None:
+    """Of many heights, one of them empty perhaps, whose gradients are summed in any division."""
+    draw = data.draw
+    width = draw(st.sampled_from([1, 16, 33, 64, 600]))
+    heights = draw(st.lists(st.sampled_from([0, 1, 7, 40]), min_size=1, max_size=12))
+    shapes = [draw(st.sampled_from([(h, width), (h, width), (2, h, 32)])) for h in heights]
+    narrow = st.sampled_from([torch.bfloat16, torch.float32])
+    dtypes = draw(st.lists(narrow, min_size=1, max_size=6))
+    written, stored = draw(narrow), draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
+    base, axis = draw(st.sampled_from(["", "base", "prepared"])), draw(st.sampled_from([-1, -2]))
+    tensors = drawn(shapes, draw(st.sampled_from(GRANULARITIES)), dtypes, base, axis, len(shapes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "PROGRAMS", draw(st.sampled_from([1, 5, 1024])))
+        patch.setattr(kernels, "STEPS", draw(st.sampled_from([1, 3, 32])))
+        by_both(kernels, patch, tensors, written, stored)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_tensors_of_different_heights_go_together(kernels, monkeypatch, granularity) -> None:
+    """More of them than the smallest table holds, and programs that sum up several tiles."""
+    sizes, alike = [], kernels.alike
+    monkeypatch.setattr(
+        kernels, "alike", lambda parts: [sizes.append(len(a)) or a for a in alike(parts)]
+    )
+    monkeypatch.setattr(kernels, "PROGRAMS", 2)
+    shapes = [(16 * n, 512) for n in range(1, 12)]
+    tensors = drawn(shapes, granularity, [torch.bfloat16] * 3, "", -1, 3)
+    by_both(kernels, monkeypatch, tensors, torch.bfloat16, None)
+    assert sizes == [11, 11]
+
+
+@pytest.mark.parametrize("base", ["base", "prepared"])
+def test_sources_of_several_dtypes_are_not_copied(kernels, monkeypatch, base) -> None:
+    dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.bfloat16]
+    tensors = drawn([(33, 64), (5, 64)], "column", dtypes, base, -1, 4)
+    placed, table_of = [], kernels.table_of
+    monkeypatch.setattr(
+        kernels, "table_of", lambda parts, *a: placed.extend(parts) or table_of(parts, *a)
+    )
+    by_both(kernels, monkeypatch, tensors, torch.bfloat16, torch.float32)
+    addresses = {t.data_ptr() for own in tensors[1] for t in (*own.sources, own.base)}
+    assert {source.data_ptr() for part in placed for source in part.sources} <= addresses
+    assert {part.base.data_ptr() for part in placed if part.base is not None} <= addresses
 
 
 def test_they_are_tried_before_they_are_used(kernels) -> None:
@@ -174,13 +226,17 @@ def test_they_are_tried_where_another_device_is_the_default(kernels) -> None:
         assert kernels.works(DEVICE)
 
 
-def test_an_empty_tensor(kernels) -> None:
-    empty = torch.empty(0, 4, device=DEVICE)
-    c = torch.ones(2, 1, 4, device=DEVICE)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,)])
+def test_an_empty_tensor(kernels, shape, granularity) -> None:
+    empty = torch.empty(shape, device=DEVICE)
+    c = torch.ones(2, *coefficient_shape(shape, granularity), device=DEVICE)
     inputs = Inputs((empty, empty), None, None)
-    (merged,) = kernels.combine([c], [inputs], [torch.float32])
-    assert merged.shape == (0, 4)
-    assert not kernels.gradient([empty], [inputs], [c.shape])[0].any()
+    (merged,) = kernels.combine([c], [inputs], [torch.float32], [torch.float32])
+    assert merged.shape == shape
+    (by_c,) = kernels.gradient([empty], [inputs], [c.shape])
+    assert by_c.shape == c.shape
+    assert not by_c.any()
 
 
 @pytest.mark.parametrize("count", [1, 2, 8, 9, 17])

@@ -70,10 +70,10 @@ def _chunks(request, monkeypatch):
             monkeypatch.setattr(module, name, getattr(module, name) // 16)
 
 
-def prepared(recipe, folder: Path, config, rows: list[list[Row]], **dam):
+def prepared(recipe, folder: Path, config, rows: list[list[Row]], dtype="float32", **dam):
     models = tiny.save_models(folder, config, SOURCES)
     data = [SourceData(own, own[:1]) for own in rows]
-    path = recipe(models, dam={"batch_size": 1, **dam})
+    path = recipe(models, dtype=dtype, dam={"batch_size": 1, **dam})
     return prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
 
 
@@ -111,6 +111,16 @@ def compare(recipe, folder: Path, name: str, dam: dict) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_a_step_takes_what_was_predicted(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {})
+
+
+@pytest.mark.parametrize("name", ["activations", "depth"])
+@pytest.mark.parametrize(
+    "dtype, computed",
+    [("bfloat16", "float32"), ("float16", "bfloat16"), ("float32", "bfloat16")],
+)
+def test_so_does_one_in_another_dtype_than_the_weights(recipe, tmp_path, name, dtype, computed):
+    """Merged weights of no other are ever there."""
+    compare(recipe, tmp_path, name, {"dtype": dtype, "compute_dtype": computed})
 
 
 @pytest.mark.parametrize(

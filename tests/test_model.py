@@ -116,6 +116,10 @@ def test_each_kind_can_be_left_out_of_training(recipe, tmp_path, kind):
         "bias": "model.layers.0.self_attn.q_proj.bias",
     }
     assert {k: telling[k] in left_out for k in telling} == {k: k == kind for k in telling}
+    # No gradient of a weight is computed in vain.
+    made = [fit.merged._make(block.names()) for block in fit.merged._blocks]
+    wanted = {name for own in made for name, weight in own.items() if weight.requires_grad}
+    assert wanted == set(fit.merged.trained_coefficients())
 
 
 def test_padding_is_irrelevant(recipe, llamas):

@@ -22,9 +22,9 @@ MODES = ("block", "weights", "none")
 
 @pytest.fixture
 def make(recipe, tmp_path):
-    def make(name: str):
+    def make(name: str, **keys):
         models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 2)
-        return prepare(read_recipe(str(recipe(models))), QUIET, device="cpu").merged
+        return prepare(read_recipe(str(recipe(models, **keys))), QUIET, device="cpu").merged
 
     return make
 

@@ -8,6 +8,7 @@ Imported only where there is a GPU and Triton, and in tests, by Triton's interpr
 """
 
 import functools
+import itertools
 import logging
 import threading
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from mergekit_dam.inputs import Inputs
 from mergekit_dam.kernels.layout import MERGED, SUMMED, expanded, layout_of, padded
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
-from mergekit_dam.kernels.table import Part, alike, part_of, table_of, wide
+from mergekit_dam.kernels.table import DTYPES, Part, alike, part_of, table_of, wide
 
 STEPS = 32  # tiles that a program of the gradient sums up, at most,
 PROGRAMS = 1024  # but so few that there are as many programs, to fill a GPU
@@ -30,27 +31,27 @@ LOG = logging.getLogger(__name__)
 def combine(
     coefficients: Sequence[Tensor],  # of each tensor [N, *B]
     inputs: Sequence[Inputs],
-    dtypes: Sequence[torch.dtype],
+    dtypes: Sequence[torch.dtype],  # what each is rounded to
+    stored: Sequence[torch.dtype],  # in which it is given
 ) -> list[Tensor]:
     """As `formula.combine_all` does, to the rounding of sums in another order."""
     merged, parts = [], []
-    for c, own, dtype in zip(coefficients, inputs, dtypes, strict=True):
-        sources = own.parts[0]
-        out = torch.empty(sources[0].shape, dtype=dtype, device=sources[0].device)
+    for c, own, dtype, other in zip(coefficients, inputs, dtypes, stored, strict=True):
+        sources, is_prepared = own.parts[0], own.prepared is not None
+        out = torch.empty(sources[0].shape, dtype=other, device=sources[0].device)
         layout = layout_of(tuple(out.shape), tuple(c.shape[1:]), MERGED)
         factors = expanded(c, layout, out.shape).to(wide(sources)).contiguous()
-        is_prepared = own.prepared is not None
-        rest = (dtype, own.base, sources)
-        parts.append(part_of(layout, out, factors, *rest, is_prepared=is_prepared))
+        part = part_of(layout, out, factors, own.base, sources, dtype, is_prepared=is_prepared)
+        parts.append(part)
         merged.append(out)
-    for kind, members in alike(parts):
-        programs = [part.layout.tiles for part in members]
-        rows = [(p.layout.tiles_summed, p.result.data_ptr(), p.sources) for p in members]
-        table = table_of(members, programs, rows)
+    for together in alike(parts):
+        kind, programs = together[0].kind, [part.layout.tiles for part in together]
+        tiles = [part.layout.tiles_summed for part in together]
+        table = table_of(together, programs, tiles, [p.result.data_ptr() for p in together])
         with torch.cuda.device_of(table):
             combine_kernel[(sum(programs),)](
-                table, ROWS=len(table), COUNT=kind.count, IS_PREPARED=kind.is_prepared,
-                **kind.options, **OPTIONS,
+                table, WIDTH=table.shape[1], DTYPES=kind.sources(), WRITTEN=DTYPES[kind.written],
+                IS_PREPARED=kind.is_prepared, **kind.options, **OPTIONS,
             )  # fmt: skip
     return merged
 
@@ -60,13 +61,14 @@ def gradient(
     inputs: Sequence[Inputs],
     shapes: Sequence[Sequence[int]],  # [N, *B]
 ) -> list[Tensor]:  # [N, *B], float32, or float64 for float64 sources
-    """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i; the same at each call."""
+    """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i; the same bits for the same tensors
+    together."""
     parts = []
     for outer, own, shape in zip(outers, inputs, shapes, strict=True):
         sources, subtracted = own.parts
         layout = layout_of(tuple(outer.shape), tuple(shape[1:]), SUMMED)
-        parts.append(part_of(layout, None, outer.contiguous(), outer.dtype, subtracted, sources))
-    sums = {id(part): own for _, members in alike(parts) for part, own in _sums(members)}
+        parts.append(part_of(layout, None, outer.contiguous(), subtracted, sources, outer.dtype))
+    sums = {id(part): own for together in alike(parts) for part, own in _sums(together)}
     return [
         _reduced(sums.get(id(part)), part, outer, shape)
         for part, outer, shape in zip(parts, outers, shapes, strict=True)
@@ -75,27 +77,28 @@ def gradient(
 
 def _sums(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
     """Of parts of one kind [N, stack * kept]: each program's own, which are then added up."""
-    kind, count = parts[0].kind, parts[0].kind.count
+    kind, count = parts[0].kind, len(parts[0].sources)
     steps = max(1, min(STEPS, sum(part.layout.tiles for part in parts) // PROGRAMS))
     chunks = max(-(-part.layout.tiles_summed // steps) for part in parts)
     programs = [chunks * part.layout.stack * part.layout.tiles_kept for part in parts]
+    tiles = [-(-part.layout.tiles_summed // chunks) for part in parts]
     sizes = [count * part.layout.coefficients for part in parts]
-    starts = [sum(sizes[:number]) for number in range(len(parts))]
-    partial = torch.empty((chunks, sum(sizes)), dtype=kind.wide, device=parts[0].factor.device)
+    places = [0, *itertools.accumulate(sizes)]
+    partial = torch.empty((chunks, places[-1]), dtype=kind.wide, device=parts[0].factor.device)
     for begin in range(0, count, TOGETHER):
-        rows = [
-            (
-                -(-part.layout.tiles_summed // chunks),
-                start + begin * part.layout.coefficients,
-                part.sources[begin : begin + TOGETHER],
-            )
-            for part, start in zip(parts, starts, strict=True)
-        ]
-        table = table_of(parts, programs, rows)
+        chosen = slice(begin, begin + TOGETHER)
+        own = [begin * part.layout.coefficients for part in parts]
+        table = table_of(
+            parts,
+            programs,
+            tiles,
+            [place + first for place, first in zip(places, own, strict=False)],
+            chosen,
+        )
         with torch.cuda.device_of(table):
             gradient_kernel[(sum(programs),)](
-                table, partial, chunks, sum(sizes), ROWS=len(table), COUNT=len(rows[0][2]),
-                **kind.options, **OPTIONS,
+                table, partial, chunks, places[-1], WIDTH=table.shape[1],
+                DTYPES=kind.sources(chosen), **kind.options, **OPTIONS,
             )  # fmt: skip
     total = partial.sum(0) if chunks > 1 else partial[0]
     for part, own in zip(parts, total.split(sizes), strict=True):
@@ -149,7 +152,7 @@ def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
         torch.randn((3, *broadcast), generator=generator, device="cpu").to(device)
         for broadcast in ((1, 320), (70, 1), (1, 320))
     ]
-    merged = combine(each, [own] * 3, [torch.float32] * 3)
+    merged = combine(each, [own] * 3, [torch.float32] * 3, [torch.float32] * 3)
     by_c = gradient([outer] * 3, [own] * 3, [c.shape for c in each])
     numbers = numbers.double()
     differences = numbers[2:] - numbers[0]

@@ -83,4 +83,4 @@ def expanded(coefficients: Tensor, layout: Layout, shape: Sequence[int]) -> Tens
     if not layout.is_expanded:
         return coefficients
     own = padded(coefficients.shape[1:], shape)
-    return coefficients.reshape(-1, *own).expand(-1, *shape)
+    return coefficients.reshape(len(coefficients), *own).expand(-1, *shape)

@@ -8,23 +8,32 @@ tensor is, and its shape.
 import triton
 import triton.language as tl
 
-# A row of the table, after the first of the tensor's programs: its sizes along the kept and the
-# summed axis; how many coefficients a source has; how many tiles lie along the kept axis, and along
-# the summed one, of the tensor or of one program; where the result goes; where coefficients or the
-# weight's gradient are, the base, and each source.
+# The table has a column for each tensor. Its rows, below the first of the tensor's programs: its
+# sizes along the kept and the summed axis; how many coefficients a source has; how many tiles lie
+# along the kept axis, and along the summed one, of the tensor or of one program; where the result
+# goes, an address or a place among the sums; the addresses of the coefficients or the weight's
+# gradient, of the base, and of each source.
 KEPT, SUMMED, OWN, TILES_KEPT, TILES, RESULT, FACTOR, BASE, SOURCES = (
-    tl.constexpr(field) for field in range(1, 10)
+    tl.constexpr(row) for row in range(1, 10)
 )
 
 
 @triton.jit
-def _own_row(table, COUNT: tl.constexpr, ROWS: tl.constexpr):
-    """The row of the tensor that this program works on, and which of its programs this is."""
+def _own_column(table, WIDTH: tl.constexpr):
+    """Where the table tells of the tensor that this program works on, and which of the tensor's
+    programs this is."""
     program = tl.program_id(0).to(tl.int64)
-    firsts = tl.load(table + tl.arange(0, ROWS) * (SOURCES + COUNT))
-    number = tl.sum((firsts <= program).to(tl.int32), 0) - 1
-    row = table + number * (SOURCES + COUNT)
-    return row, program - tl.load(row)
+    firsts = tl.load(table + tl.arange(0, WIDTH))
+    column = table + tl.sum((firsts <= program).to(tl.int32), 0) - 1
+    return column, program - tl.load(column)
+
+
+@triton.jit
+def _rounded(values, DTYPE: tl.constexpr):
+    """In two roundings from float64, as torch does."""
+    if DTYPE != tl.float64:  # noqa: SIM300  for Triton
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
 
 
 @triton.jit
@@ -46,16 +55,17 @@ def _size(address, IS_ALIGNED: tl.constexpr):
 @triton.jit
 def combine_kernel(
     table,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, SOURCE: tl.constexpr, OTHER: tl.constexpr,
-    WIDE: tl.constexpr, HAS_BASE: tl.constexpr, IS_PREPARED: tl.constexpr,
+    WIDTH: tl.constexpr, DTYPES: tl.constexpr, BASE_DTYPE: tl.constexpr, OTHER: tl.constexpr,
+    WRITTEN: tl.constexpr, WIDE: tl.constexpr, HAS_BASE: tl.constexpr, IS_PREPARED: tl.constexpr,
     TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr,
     IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    row, program = _own_row(table, COUNT, ROWS)
-    kept = _size(row + KEPT, IS_ALIGNED and IS_SIDE)
-    summed = _size(row + SUMMED, IS_ALIGNED and not IS_SIDE)
-    own = _size(row + OWN, IS_ALIGNED and IS_SIDE)
-    tiles, tiles_kept = tl.load(row + TILES), tl.load(row + TILES_KEPT)
+    COUNT: tl.constexpr = len(DTYPES)
+    column, program = _own_column(table, WIDTH)
+    kept = _size(column + KEPT * WIDTH, IS_ALIGNED and IS_SIDE)
+    summed = _size(column + SUMMED * WIDTH, IS_ALIGNED and not IS_SIDE)
+    own = _size(column + OWN * WIDTH, IS_ALIGNED and IS_SIDE)
+    tiles, tiles_kept = tl.load(column + TILES * WIDTH), tl.load(column + TILES_KEPT * WIDTH)
     m = program % tiles * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
     program = program // tiles
     k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
@@ -65,48 +75,52 @@ def combine_kernel(
     else:
         at = e * kept * summed + (k * summed)[None, :] + m[:, None]
     inside = (m < summed)[:, None] & (k < kept)[None, :]
-    coefficients = _pointer(row + FACTOR, WIDE, IS_ALIGNED) + e * kept + k
+    coefficients = _pointer(column + FACTOR * WIDTH, WIDE, IS_ALIGNED) + e * kept + k
     total = tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE)
     if HAS_BASE:
-        origin = tl.load(_pointer(row + BASE, SOURCE, IS_ALIGNED) + at, inside, 0.0).to(WIDE)
+        origin = tl.load(
+            _pointer(column + BASE * WIDTH, BASE_DTYPE, IS_ALIGNED) + at, inside, 0.0
+        ).to(WIDE)
     for i in tl.static_range(COUNT):
         factor = tl.load(coefficients + i * own, k < kept, 0.0).to(WIDE)
-        source = _pointer(row + SOURCES + i, SOURCE, IS_ALIGNED)
+        source = _pointer(column + (SOURCES + i) * WIDTH, DTYPES[i], IS_ALIGNED)
         part = tl.load(source + at, inside, 0.0).to(WIDE)
         if HAS_BASE and not IS_PREPARED:
             part -= origin
         total += part * factor[None, :]
     if HAS_BASE:
         total += origin
-    if OTHER != tl.float64:  # noqa: SIM300  in two roundings, as torch does
-        total = total.to(tl.float32)
-    tl.store(_pointer(row + RESULT, OTHER, IS_ALIGNED) + at, total.to(OTHER), inside)
+    total = _rounded(total, WRITTEN)
+    if OTHER != WRITTEN:
+        total = _rounded(total, OTHER)
+    tl.store(_pointer(column + RESULT * WIDTH, OTHER, IS_ALIGNED) + at, total, inside)
 
 
 @triton.jit(do_not_specialize=["chunks", "places"])
 def gradient_kernel(
     table, partial, chunks, places,
-    ROWS: tl.constexpr, COUNT: tl.constexpr, SOURCE: tl.constexpr, OTHER: tl.constexpr,
+    WIDTH: tl.constexpr, DTYPES: tl.constexpr, BASE_DTYPE: tl.constexpr, OTHER: tl.constexpr,
     WIDE: tl.constexpr, HAS_BASE: tl.constexpr,
     TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr,
     IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the summed axis, tile by tile, a sum for each source in registers."""
-    row, program = _own_row(table, COUNT, ROWS)
-    kept = _size(row + KEPT, IS_ALIGNED and IS_SIDE)
-    summed = _size(row + SUMMED, IS_ALIGNED and not IS_SIDE)
-    tiles, tiles_kept = tl.load(row + TILES), tl.load(row + TILES_KEPT)
+    COUNT: tl.constexpr = len(DTYPES)
+    column, program = _own_column(table, WIDTH)
+    kept = _size(column + KEPT * WIDTH, IS_ALIGNED and IS_SIDE)
+    summed = _size(column + SUMMED * WIDTH, IS_ALIGNED and not IS_SIDE)
+    tiles, tiles_kept = tl.load(column + TILES * WIDTH), tl.load(column + TILES_KEPT * WIDTH)
     chunk = program % chunks
     program = program // chunks
     k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
     e = program // tiles_kept
-    outer = _pointer(row + FACTOR, OTHER, IS_ALIGNED)
+    outer = _pointer(column + FACTOR * WIDTH, OTHER, IS_ALIGNED)
     sources, totals = (), ()
     for i in tl.static_range(COUNT):
-        sources = sources + (_pointer(row + SOURCES + i, SOURCE, IS_ALIGNED),)  # noqa: RUF005
+        sources = sources + (_pointer(column + (SOURCES + i) * WIDTH, DTYPES[i], IS_ALIGNED),)  # noqa: RUF005
         totals = totals + (tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE),)  # noqa: RUF005  for Triton
     if HAS_BASE:
-        base = _pointer(row + BASE, SOURCE, IS_ALIGNED)
+        base = _pointer(column + BASE * WIDTH, BASE_DTYPE, IS_ALIGNED)
     tile = chunk * tiles
     last = tile + tiles
     while tile < last:
@@ -127,6 +141,8 @@ def gradient_kernel(
             grown = grown + (totals[i] + part * slope,)  # noqa: RUF005
         totals = grown
         tile += 1
-    first = chunk * places + tl.load(row + RESULT) + e * kept + k
+    first = chunk * places + tl.load(column + RESULT * WIDTH) + e * kept + k
     for i in tl.static_range(COUNT):
-        tl.store(partial + first + i * tl.load(row + OWN), tl.sum(totals[i], 0), k < kept)
+        tl.store(
+            partial + first + i * tl.load(column + OWN * WIDTH), tl.sum(totals[i], 0), k < kept
+        )

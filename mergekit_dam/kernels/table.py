@@ -2,7 +2,7 @@
 
 import functools
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_dam.kernels.layout import Layout, power_of_2
 
 ALIGNED = 16  # bytes of an address, and numbers of the axis side by side, for the widest loads
-FEWEST = 8  # rows of a table: kernels are compiled for each number of them
+FEWEST, MOST = 8, 256  # tensors in a table; kernels are compiled for each power of 2
 NOBODY = 2**62  # a program that no tensor has
 DTYPES = {getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")}
 
@@ -26,11 +26,11 @@ def wide(sources: Sequence[Tensor]) -> torch.dtype:
 class Kind:
     """What tensors that go together have in common."""
 
-    count: int  # of sources
-    source: torch.dtype  # of sources and base
-    other: torch.dtype  # of the merged weight, or of its gradient
+    dtypes: tuple[torch.dtype, ...]  # of the sources
+    base: torch.dtype | None
+    other: torch.dtype  # of the merged weight as it is stored, or of its gradient
+    written: torch.dtype  # what the merged weight is rounded to before
     wide: torch.dtype
-    has_base: bool
     is_prepared: bool
     tile: tuple[int, int]
     is_side: bool
@@ -39,10 +39,15 @@ class Kind:
     @functools.cached_property
     def options(self) -> dict:
         return {
-            "SOURCE": DTYPES[self.source], "OTHER": DTYPES[self.other], "WIDE": DTYPES[self.wide],
-            "HAS_BASE": self.has_base, "TILE_SUMMED": self.tile[0], "TILE_KEPT": self.tile[1],
+            "OTHER": DTYPES[self.other], "WIDE": DTYPES[self.wide],
+            "HAS_BASE": self.base is not None, "BASE_DTYPE": self.base and DTYPES[self.base],
+            "TILE_SUMMED": self.tile[0], "TILE_KEPT": self.tile[1],
             "IS_SIDE": self.is_side, "IS_ALIGNED": self.is_aligned,
         }  # fmt: skip
+
+    def sources(self, chosen: slice = slice(None)) -> tuple:
+        """The dtypes of some of the sources."""
+        return tuple(DTYPES[dtype] for dtype in self.dtypes[chosen])
 
 
 @dataclass(frozen=True)
@@ -61,46 +66,52 @@ def part_of(
     layout: Layout,
     result: Tensor | None,
     factor: Tensor,
-    other: torch.dtype,
     base: Tensor | None,
     sources: Sequence[Tensor],
+    written: torch.dtype,
     *,
     is_prepared: bool = False,
 ) -> Part:
-    given = [*sources, *([] if base is None else [base])]
-    dtype = functools.reduce(torch.promote_types, (tensor.dtype for tensor in given))
-    given = [tensor.to(dtype).contiguous() for tensor in given]
-    placed = [*given, factor, *([] if result is None else [result])]
+    sources = tuple(source.contiguous() for source in sources)
+    base = None if base is None else base.contiguous()
+    placed = [t for t in (*sources, factor, result, base) if t is not None]
     is_aligned = layout.side % ALIGNED == 0 and not any(t.data_ptr() % ALIGNED for t in placed)
     kind = Kind(
-        len(sources), dtype, other, wide(sources), base is not None, is_prepared,
+        tuple(source.dtype for source in sources), base if base is None else base.dtype,
+        (factor if result is None else result).dtype, written, wide(sources), is_prepared,
         layout.tile, layout.is_side, is_aligned,
     )  # fmt: skip
-    own = tuple(given[: len(sources)])
-    return Part(kind, layout, result, factor, None if base is None else given[-1], own)
+    return Part(kind, layout, result, factor, base, sources)
 
 
-def alike(parts: Sequence[Part]) -> Iterable[tuple[Kind, list[Part]]]:
+def alike(parts: Sequence[Part]) -> Iterator[list[Part]]:
     """Parts that go together; empty ones not at all."""
     found = defaultdict(list)
     for part in parts:
         if part.layout.tiles:
             found[part.kind].append(part)
-    return found.items()
+    for together in found.values():
+        yield from (together[n : n + MOST] for n in range(0, len(together), MOST))
 
 
-def table_of(parts: Sequence[Part], programs: Sequence[int], rows: Sequence[tuple]) -> Tensor:
-    """[a power of 2, 9 + N]; `rows`: tiles, the first address, and sources of each part."""
+def table_of(
+    parts: Sequence[Part],
+    programs: Sequence[int],  # of each part
+    tiles: Sequence[int],
+    results: Sequence[int],
+    sources: slice = slice(None),
+) -> Tensor:
+    """[9 + n, a power of 2], see `programs`."""
     told, begin = [], 0
-    for part, count, (tiles, first, sources) in zip(parts, programs, rows, strict=True):
+    for part, count, steps, result in zip(parts, programs, tiles, results, strict=True):
         layout, base = part.layout, 0 if part.base is None else part.base.data_ptr()
         told.append([
-            begin, layout.kept, layout.summed, layout.coefficients, layout.tiles_kept, tiles,
-            first, part.factor.data_ptr(), base, *(source.data_ptr() for source in sources),
+            begin, layout.kept, layout.summed, layout.coefficients, layout.tiles_kept, steps,
+            result, part.factor.data_ptr(), base, *(s.data_ptr() for s in part.sources[sources]),
         ])  # fmt: skip
         begin += count
     nobody = [NOBODY] + [0] * (len(told[0]) - 1)
     told += [nobody] * (max(FEWEST, power_of_2(len(told))) - len(told))
-    # From pageable memory such a copy is staged at once, and nobody waits for the GPU.
-    table = torch.tensor(told, dtype=torch.int64, device="cpu")
+    # From pageable memory so small a copy is staged at once, and nobody waits for the GPU.
+    table = torch.tensor(list(zip(*told, strict=True)), dtype=torch.int64, device="cpu")
     return table.to(parts[0].factor.device, non_blocking=True)

@@ -222,8 +222,10 @@ class MergedModel(nn.Module):
         """Output tensor -> its weight as a view of this model has it, which is a view in its turn:
         made once, and not for each pass anew."""
         with self._seen_as(view):
-            made = (self._make(block.names()) for block in self._blocks)
-            return {name: weight for own in made for name, weight in own.items()}
+            made: dict[str, Tensor] = {}
+            for block in self._blocks:
+                made |= self._make([name for name in block.names() if name not in made])
+            return made
 
     def trained_blocks(self) -> list[Block]:
         """The blocks that have trained tensors of their own."""
@@ -250,8 +252,7 @@ class MergedModel(nn.Module):
     def _make(self, names: Sequence[str]) -> dict[str, Tensor]:
         """Weights of the present view, in the dtype of the forward pass."""
         if self._view == "merge":
-            made = self.merged_weights(names)
-            return {name: weight.to(self._dtype) for name, weight in made.items()}
+            return self.merged_weights(names)
         return {name: self._make_one(name) for name in names}
 
     def _make_one(self, name: str) -> Tensor:
@@ -278,15 +279,11 @@ class MergedModel(nn.Module):
         return self._view[name]
 
     def merged_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Output tensors, rounded as the merge will write them; the gradient passes through."""
-        written = [self._weights[name].dtype for name in names]
-        # float32 of float16 and bfloat16
-        wide = [torch.promote_types(dtype, self._dtype) for dtype in written]
-        made = self._weights.merge(names, [self._own_coefficients(name) for name in names], wide)
-        return {
-            name: weight if weight.dtype == dtype else _StraightThrough.apply(weight, dtype)
-            for name, weight, dtype in zip(names, made, written, strict=True)
-        }
+        """Output tensors, rounded as the merge will write them, in the dtype of the forward pass;
+        the gradient passes through."""
+        coefficients = [self._own_coefficients(name) for name in names]
+        made = self._weights.merge(names, coefficients, self._dtype)
+        return dict(zip(names, made, strict=True))
 
     def _own_coefficients(self, name: str) -> Tensor:
         """[n, *B] of the sources that have a tensor."""
@@ -304,15 +301,3 @@ def _average(coefficients: Tensor, stack: Stack) -> Tensor:
     result = torch.zeros_like(coefficients)
     result[list(stack.rows[: stack.teachers])] = 1 / stack.teachers
     return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Rounding to a narrower dtype whose gradient is not rounded."""
-
-    @staticmethod
-    def forward(ctx, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return weight.to(dtype).to(weight.dtype)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor):
-        return gradient, None

@@ -112,14 +112,18 @@ class SourceWeights:
         self,
         names: Sequence[str],
         coefficients: Sequence[Tensor],  # of each [n, *B], of the n sources that have it
-        dtypes: Sequence[torch.dtype],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, ...]:
-        """The formula, for tensors that are needed together."""
+        """The formula, for tensors that are needed together: rounded as the merge will write them,
+        given in `dtype`. Gradients are not rounded."""
+        stacks = [self[name] for name in names]
 
-        def load() -> list[Inputs]:
-            return [self[name].load() for name in names]
+        def load(numbers: Iterable[int]) -> list[Inputs]:
+            return [stacks[number].load() for number in numbers]
 
-        return combine_all(coefficients, load(), dtypes, again=load)
+        written = [stack.dtype for stack in stacks]
+        inputs = load(range(len(stacks)))
+        return combine_all(coefficients, inputs, written, stored=dtype, again=load)
 
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]

@@ -60,29 +60,27 @@ def _ways(device: str) -> dict[str, Callable]:
     return ways if found is None else {"kernels": lambda _: found, **ways}
 
 
-def _made(inputs: list[Inputs], dtype: torch.dtype) -> tuple[list[Tensor], tuple[Tensor, ...]]:
-    """Coefficients, and the weights made with them."""
-    of_each = [own.sources for own in inputs]
-    coefficients = [
-        torch.full((len(own), 1, own[0].shape[1]), 1 / len(own), device=own[0].device)
-        for own in of_each
-    ]
-    leaves = [c.requires_grad_() for c in coefficients]
-    return leaves, formula.combine_all(leaves, inputs, [dtype] * len(inputs))
+def _coefficients(inputs: list[Inputs]) -> list[Tensor]:
+    count, device = len(inputs[0].sources), inputs[0].sources[0].device
+    shapes = [(count, 1, own.sources[0].shape[1]) for own in inputs]
+    return [torch.full(s, 1 / count, device=device, requires_grad=True) for s in shapes]
 
 
 def _merge(inputs: list[Inputs], dtype: torch.dtype, kernels: Callable) -> Step:
+    coefficients = _coefficients(inputs)
+
     def step() -> None:
         formula._kernels = kernels
         with torch.no_grad():
-            _made(inputs, dtype)
+            formula.combine_all(coefficients, inputs, [dtype] * len(inputs))
 
     return step
 
 
 def _gradient(inputs: list[Inputs], outers: list[Tensor], dtype, kernels: Callable) -> Step:
     formula._kernels = kernels
-    coefficients, merged = _made(inputs, dtype)
+    coefficients = _coefficients(inputs)
+    merged = formula.combine_all(coefficients, inputs, [dtype] * len(inputs))
 
     def step() -> None:
         formula._kernels = kernels
