@@ -14,7 +14,10 @@ from torch import Tensor
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:  # [tokens, vocabulary]
-    return F.log_softmax(logits.float() / temperature, dim=-1)
+    logits = logits.float()
+    if temperature != 1:  # a pass over all logits
+        logits = logits / temperature
+    return F.log_softmax(logits, dim=-1)
 
 
 def _divergence(p: Tensor, q: Tensor) -> Tensor:

@@ -87,14 +87,11 @@ def _sums(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
     partial = torch.empty((chunks, places[-1]), dtype=kind.wide, device=parts[0].factor.device)
     for begin in range(0, count, TOGETHER):
         chosen = slice(begin, begin + TOGETHER)
-        own = [begin * part.layout.coefficients for part in parts]
-        table = table_of(
-            parts,
-            programs,
-            tiles,
-            [place + first for place, first in zip(places, own, strict=False)],
-            chosen,
-        )
+        results = [
+            place + begin * part.layout.coefficients
+            for part, place in zip(parts, places, strict=False)
+        ]
+        table = table_of(parts, programs, tiles, results, chosen)
         with torch.cuda.device_of(table):
             gradient_kernel[(sum(programs),)](
                 table, partial, chunks, places[-1], WIDTH=table.shape[1],
