@@ -15,7 +15,7 @@ from torch import Tensor
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:  # [tokens, vocabulary]
     logits = logits.float()
-    if temperature != 1:  # a pass over all logits
+    if temperature != 1:  # else it would be a pass over all logits for nothing
         logits = logits / temperature
     return F.log_softmax(logits, dim=-1)
 

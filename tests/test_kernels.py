@@ -164,7 +164,9 @@ def by_both(kernels, patch, tensors: Tensors, written, stored) -> None:
         torch.autograd.backward(made, [outer.to(stored or written) for outer in outers])
         found.append([(m.detach(), c.grad) for m, c in zip(made, leaves, strict=True)])
     for plain, fused, outer in zip(*found, outers, strict=True):
+        # By one rounding: the interpreter cuts numbers off where it makes bfloat16 of them.
         assert_like(plain, fused, outer.shape, written)
+        assert torch.equal(fused[0], fused[0].to(written).to(fused[0].dtype))
 
 
 @settings(max_examples=25, deadline=None)
@@ -175,7 +177,7 @@ def test_several_tensors_at_once(kernels, data) -> None:
     width = draw(st.sampled_from([1, 16, 33, 64, 600]))
     heights = draw(st.lists(st.sampled_from([0, 1, 7, 40]), min_size=1, max_size=12))
     shapes = [draw(st.sampled_from([(h, width), (h, width), (2, h, 32)])) for h in heights]
-    narrow = st.sampled_from([torch.bfloat16, torch.float32])
+    narrow = st.sampled_from([torch.bfloat16, torch.float16, torch.float32])
     dtypes = draw(st.lists(narrow, min_size=1, max_size=6))
     written, stored = draw(narrow), draw(st.sampled_from([None, torch.float32, torch.bfloat16]))
     base, axis = draw(st.sampled_from(["", "base", "prepared"])), draw(st.sampled_from([-1, -2]))

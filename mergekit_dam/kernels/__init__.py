@@ -140,23 +140,25 @@ def _works(device: torch.device) -> bool:
 
 
 def _are_right(device: torch.device, dtype: torch.dtype) -> bool:
+    """Tried with what is written and a base of a dtype, and sources of that and of float32."""
     generator = torch.Generator().manual_seed(0)
     # On the CPU whatever the default device is: mergekit sets one for each of several GPUs.
     numbers = torch.randn((5, 70, 320), generator=generator, device="cpu").to(device, dtype)
-    base, outer, *sources = numbers
-    own = Inputs(tuple(sources), base, None)
+    base, outer, first, *others = numbers
+    own = Inputs((first.float(), *others), base, None)
     each = [
         torch.randn((3, *broadcast), generator=generator, device="cpu").to(device)
         for broadcast in ((1, 320), (70, 1), (1, 320))
     ]
-    merged = combine(each, [own] * 3, [torch.float32] * 3, [torch.float32] * 3)
+    merged = combine(each, [own] * 3, [dtype] * 3, [torch.float32] * 3)
     by_c = gradient([outer] * 3, [own] * 3, [c.shape for c in each])
-    numbers = numbers.double()
+    numbers, step = numbers.double(), torch.finfo(dtype).eps
     differences = numbers[2:] - numbers[0]
     return all(
-        torch.allclose(weight, numbers[0] + (c * differences).sum(0), atol=1e-4)
-        and torch.allclose(slope, (numbers[1] * differences).sum_to_size(c.shape), atol=1e-3)
-        for c, weight, slope in zip(
-            each, (w.double() for w in merged), (s.double() for s in by_c), strict=True
+        torch.equal(weight, weight.to(dtype).float())
+        and torch.allclose(weight.double(), numbers[0] + (c * differences).sum(0), step, 1e-4)
+        and torch.allclose(
+            slope.double(), (numbers[1] * differences).sum_to_size(c.shape), atol=1e-3
         )
+        for c, weight, slope in zip(each, merged, by_c, strict=True)
     )

@@ -12,7 +12,7 @@ from torch import Tensor
 from mergekit_dam.kernels.layout import Layout, power_of_2
 
 ALIGNED = 16  # bytes of an address, and numbers of the axis side by side, for the widest loads
-FEWEST, MOST = 8, 256  # tensors in a table; kernels are compiled for each power of 2
+FEWEST, MOST = 8, 256  # tensors in a table; kernels are compiled for each power of 2 of columns
 NOBODY = 2**62  # a program that no tensor has
 DTYPES = {getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")}
 
@@ -77,7 +77,7 @@ def part_of(
     placed = [t for t in (*sources, factor, result, base) if t is not None]
     is_aligned = layout.side % ALIGNED == 0 and not any(t.data_ptr() % ALIGNED for t in placed)
     kind = Kind(
-        tuple(source.dtype for source in sources), base if base is None else base.dtype,
+        tuple(source.dtype for source in sources), None if base is None else base.dtype,
         (factor if result is None else result).dtype, written, wide(sources), is_prepared,
         layout.tile, layout.is_side, is_aligned,
     )  # fmt: skip

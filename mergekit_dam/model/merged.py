@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import combine
+from mergekit_dam.formula import combine_all
+from mergekit_dam.inputs import Inputs
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
 from mergekit_dam.model.paths import Path, View, arrive, begun, drive
@@ -264,7 +265,8 @@ class MergedModel(nn.Module):
             sources = stack.sources[: stack.teachers]
             share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
             share = share.to(sources[0].device)
-            return combine(share, sources, dtype=stack.dtype).to(self._dtype)
+            inputs = Inputs(sources, None, None)
+            return combine_all([share], [inputs], [stack.dtype], stored=self._dtype)[0]
         weight = stack.source(self._view)
         if weight is None:
             raise DamError(
