@@ -64,15 +64,27 @@ def both(
     sources = [numbers(*shape).to(DEVICE, dtype) for _ in range(count)]
     base = numbers(*shape).to(DEVICE, dtype) if name == "task_vectors" else None
     outer = numbers(*shape).to(DEVICE, out or dtype)
-    results = []
-    for found in (None, kernels):
-        c = torch.randn((count, *broadcast), generator=torch.Generator().manual_seed(6))
-        c = c.to(DEVICE).requires_grad_()
-        patch.setattr(formula, "_kernels", lambda device, found=found: found)
-        merged = combine(c, sources, base, out, prepared=prepared)
-        merged.backward(outer)
-        results.append((merged.detach(), c.grad))
-    return results
+    c = torch.randn((count, *broadcast), generator=torch.Generator().manual_seed(6)).to(DEVICE)
+    inputs = Inputs(tuple(sources), base, tuple(sources) if prepared else None)
+    plain, fused = by_each(kernels, patch, ([c], [inputs], [outer]), out or dtype)
+    return plain[0], fused[0]
+
+
+Tensors = tuple[list[torch.Tensor], list[Inputs], list[torch.Tensor]]
+
+
+def by_each(kernels, patch, tensors: Tensors, written, stored=None) -> list[list[tuple]]:
+    """Merged weights and gradients of the coefficients, by plain torch and by the kernels, of
+    coefficients, inputs and weights' gradients."""
+    coefficients, inputs, outers = tensors
+    dtypes, found = [written] * len(inputs), []
+    for chosen in (None, kernels):
+        patch.setattr(formula, "_kernels", lambda device, chosen=chosen: chosen)
+        leaves = [c.clone().requires_grad_() for c in coefficients]
+        made = combine_all(leaves, inputs, dtypes, stored=stored)
+        torch.autograd.backward(made, outers)
+        found.append([(m.detach(), c.grad) for m, c in zip(made, leaves, strict=True)])
+    return found
 
 
 def assert_like(plain, fused, shape, written=torch.float64) -> None:
@@ -133,9 +145,6 @@ def test_the_same_bits_at_each_call(kernels, monkeypatch) -> None:
     assert all(map(torch.equal, first, second))
 
 
-Tensors = tuple[list[torch.Tensor], list[Inputs], list[torch.Tensor]]
-
-
 def drawn(shapes, granularity: str, dtypes, base: str, axis: int, seed: int) -> Tensors:
     """Coefficients, inputs and weights' gradients of several tensors; `dtypes` of each source."""
     generator = torch.Generator().manual_seed(seed)
@@ -155,14 +164,8 @@ def drawn(shapes, granularity: str, dtypes, base: str, axis: int, seed: int) -> 
 
 def by_both(kernels, patch, tensors: Tensors, written, stored) -> None:
     """Several tensors by plain torch and by the kernels are alike."""
-    coefficients, inputs, outers = tensors
-    dtypes, found = [written] * len(inputs), []
-    for chosen in (None, kernels):
-        patch.setattr(formula, "_kernels", lambda device, chosen=chosen: chosen)
-        leaves = [c.clone().requires_grad_() for c in coefficients]
-        made = combine_all(leaves, inputs, dtypes, stored=stored)
-        torch.autograd.backward(made, [outer.to(stored or written) for outer in outers])
-        found.append([(m.detach(), c.grad) for m, c in zip(made, leaves, strict=True)])
+    outers = [outer.to(stored or written) for outer in tensors[2]]
+    found = by_each(kernels, patch, (*tensors[:2], outers), written, stored)
     for plain, fused, outer in zip(*found, outers, strict=True):
         # By one rounding: the interpreter cuts numbers off where it makes bfloat16 of them.
         assert_like(plain, fused, outer.shape, written)

@@ -53,31 +53,46 @@ def _size(address, IS_ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def combine_kernel(
-    table,
-    WIDTH: tl.constexpr, DTYPES: tl.constexpr, BASE_DTYPE: tl.constexpr, OTHER: tl.constexpr,
-    WRITTEN: tl.constexpr, WIDE: tl.constexpr, HAS_BASE: tl.constexpr, IS_PREPARED: tl.constexpr,
-    TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr,
-    IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr,
-):  # fmt: skip
-    COUNT: tl.constexpr = len(DTYPES)
+def _own_tensor(table, WIDTH: tl.constexpr, IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr):
+    """Its column, this program's number among its own, its sizes, and its numbers of tiles."""
     column, program = _own_column(table, WIDTH)
     kept = _size(column + KEPT * WIDTH, IS_ALIGNED and IS_SIDE)
     summed = _size(column + SUMMED * WIDTH, IS_ALIGNED and not IS_SIDE)
-    own = _size(column + OWN * WIDTH, IS_ALIGNED and IS_SIDE)
     tiles, tiles_kept = tl.load(column + TILES * WIDTH), tl.load(column + TILES_KEPT * WIDTH)
-    m = program % tiles * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
-    program = program // tiles
-    k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
-    e = program // tiles_kept
+    return column, program, kept, summed, tiles, tiles_kept
+
+
+@triton.jit
+def _places(kept, summed, e, m, k, IS_SIDE: tl.constexpr):
+    """Where the numbers at `m` of the summed and `k` of the kept axis lie, and which there are."""
     if IS_SIDE:
         at = e * kept * summed + (m * kept)[:, None] + k[None, :]
     else:
         at = e * kept * summed + (k * summed)[None, :] + m[:, None]
-    inside = (m < summed)[:, None] & (k < kept)[None, :]
+    return at, (m < summed)[:, None] & (k < kept)[None, :]
+
+
+@triton.jit
+def combine_kernel(
+    table,
+    WIDTH: tl.constexpr, DTYPES: tl.constexpr, BASE_DTYPE: tl.constexpr, OTHER: tl.constexpr,
+    WRITTEN: tl.constexpr, WIDE: tl.constexpr, IS_PREPARED: tl.constexpr,
+    TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr,
+    IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr,
+):  # fmt: skip
+    COUNT: tl.constexpr = len(DTYPES)
+    column, program, kept, summed, tiles, tiles_kept = _own_tensor(
+        table, WIDTH, IS_SIDE, IS_ALIGNED
+    )
+    own = _size(column + OWN * WIDTH, IS_ALIGNED and IS_SIDE)
+    m = program % tiles * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
+    program = program // tiles
+    k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
+    e = program // tiles_kept
+    at, inside = _places(kept, summed, e, m, k, IS_SIDE)
     coefficients = _pointer(column + FACTOR * WIDTH, WIDE, IS_ALIGNED) + e * kept + k
     total = tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE)
-    if HAS_BASE:
+    if BASE_DTYPE is not None:
         origin = tl.load(
             _pointer(column + BASE * WIDTH, BASE_DTYPE, IS_ALIGNED) + at, inside, 0.0
         ).to(WIDE)
@@ -85,10 +100,10 @@ def combine_kernel(
         factor = tl.load(coefficients + i * own, k < kept, 0.0).to(WIDE)
         source = _pointer(column + (SOURCES + i) * WIDTH, DTYPES[i], IS_ALIGNED)
         part = tl.load(source + at, inside, 0.0).to(WIDE)
-        if HAS_BASE and not IS_PREPARED:
+        if BASE_DTYPE is not None and not IS_PREPARED:
             part -= origin
         total += part * factor[None, :]
-    if HAS_BASE:
+    if BASE_DTYPE is not None:
         total += origin
     total = _rounded(total, WRITTEN)
     if OTHER != WRITTEN:
@@ -100,16 +115,15 @@ def combine_kernel(
 def gradient_kernel(
     table, partial, chunks, places,
     WIDTH: tl.constexpr, DTYPES: tl.constexpr, BASE_DTYPE: tl.constexpr, OTHER: tl.constexpr,
-    WIDE: tl.constexpr, HAS_BASE: tl.constexpr,
+    WIDE: tl.constexpr,
     TILE_SUMMED: tl.constexpr, TILE_KEPT: tl.constexpr,
     IS_SIDE: tl.constexpr, IS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One chunk of the summed axis, tile by tile, a sum for each source in registers."""
     COUNT: tl.constexpr = len(DTYPES)
-    column, program = _own_column(table, WIDTH)
-    kept = _size(column + KEPT * WIDTH, IS_ALIGNED and IS_SIDE)
-    summed = _size(column + SUMMED * WIDTH, IS_ALIGNED and not IS_SIDE)
-    tiles, tiles_kept = tl.load(column + TILES * WIDTH), tl.load(column + TILES_KEPT * WIDTH)
+    column, program, kept, summed, tiles, tiles_kept = _own_tensor(
+        table, WIDTH, IS_SIDE, IS_ALIGNED
+    )
     chunk = program % chunks
     program = program // chunks
     k = program % tiles_kept * TILE_KEPT + tl.arange(0, TILE_KEPT)
@@ -119,24 +133,20 @@ def gradient_kernel(
     for i in tl.static_range(COUNT):
         sources = sources + (_pointer(column + (SOURCES + i) * WIDTH, DTYPES[i], IS_ALIGNED),)  # noqa: RUF005
         totals = totals + (tl.zeros([TILE_SUMMED, TILE_KEPT], WIDE),)  # noqa: RUF005  for Triton
-    if HAS_BASE:
+    if BASE_DTYPE is not None:
         base = _pointer(column + BASE * WIDTH, BASE_DTYPE, IS_ALIGNED)
     tile = chunk * tiles
     last = tile + tiles
     while tile < last:
         m = tile * TILE_SUMMED + tl.arange(0, TILE_SUMMED)
-        if IS_SIDE:
-            at = e * kept * summed + (m * kept)[:, None] + k[None, :]
-        else:
-            at = e * kept * summed + (k * summed)[None, :] + m[:, None]
-        inside = (m < summed)[:, None] & (k < kept)[None, :]
+        at, inside = _places(kept, summed, e, m, k, IS_SIDE)
         slope = tl.load(outer + at, inside, 0.0).to(WIDE)
-        if HAS_BASE:
+        if BASE_DTYPE is not None:
             origin = tl.load(base + at, inside, 0.0).to(WIDE)
         grown = ()
         for i in tl.static_range(COUNT):
             part = tl.load(sources[i] + at, inside, 0.0).to(WIDE)
-            if HAS_BASE:
+            if BASE_DTYPE is not None:
                 part -= origin
             grown = grown + (totals[i] + part * slope,)  # noqa: RUF005
         totals = grown

@@ -40,7 +40,7 @@ class Kind:
     def options(self) -> dict:
         return {
             "OTHER": DTYPES[self.other], "WIDE": DTYPES[self.wide],
-            "HAS_BASE": self.base is not None, "BASE_DTYPE": self.base and DTYPES[self.base],
+            "BASE_DTYPE": None if self.base is None else DTYPES[self.base],
             "TILE_SUMMED": self.tile[0], "TILE_KEPT": self.tile[1],
             "IS_SIDE": self.is_side, "IS_ALIGNED": self.is_aligned,
         }  # fmt: skip

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mergekit_dam import formula
 from mergekit_dam.inputs import Inputs
-from tests.benchmarks.fit_step import SHAPES
+from tests.benchmarks.fit_step import SHAPES, chosen
 from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
 
 FLOOR = "a copy of as many bytes"
@@ -27,7 +27,7 @@ FLOOR = "a copy of as many bytes"
 @click.option("--repeat", default=20)
 @click.option("--device", default=None)
 def main(shape: str, sources: int, repeat: int, device: str | None) -> None:
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = chosen(device)
     dtypes = (torch.bfloat16,) if device != "cpu" else (torch.float32, torch.bfloat16)
     print(machine(device))
     for dtype in dtypes:

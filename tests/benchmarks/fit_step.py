@@ -81,7 +81,7 @@ def main(
             del fit, steps
 
 
-def chosen(device: str | None, cap: float | None) -> str:
+def chosen(device: str | None, cap: float | None = None) -> str:
     """The device, held to `cap` GB of its memory."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if cap and device != "cpu":
