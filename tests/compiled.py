@@ -18,9 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mergekit_dam import kernels
+from mergekit_dam.kernels.groups import DTYPES, Group, Kind
 from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
-from mergekit_dam.kernels.table import DTYPES, FEWEST, Kind
 
 SHAPE = (4096, 11008)
 BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
@@ -32,12 +32,10 @@ VARIANTS = [  # dtypes of the sources, and of a base
 
 
 def constants(layout: Layout, dtypes: tuple[torch.dtype, ...], base: torch.dtype | None) -> dict:
-    kind = Kind(
-        dtypes, base, dtypes[0], dtypes[0], torch.float32, False,
-        layout.tile, layout.is_side, True,
-    )  # fmt: skip
-    own = {"WIDTH": FEWEST, "DTYPES": kind.sources(), "WRITTEN": DTYPES[kind.written]}
-    return kind.options | own | {"IS_PREPARED": False}
+    kind = Kind(dtypes, base, dtypes[0], dtypes[0], False, layout.is_side, True)
+    group = Group(kind, (0,), (layout,), 1, 1, ())
+    own = {"DTYPES": group.dtypes(), "WRITTEN": DTYPES[kind.written], "IS_PREPARED": False}
+    return group.options | own
 
 
 def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:

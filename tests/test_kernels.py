@@ -194,15 +194,30 @@ def test_several_tensors_at_once(kernels, data) -> None:
 @pytest.mark.parametrize("granularity", ["column", "row"])
 def test_tensors_of_different_heights_go_together(kernels, monkeypatch, granularity) -> None:
     """More of them than the smallest table holds, and programs that sum up several tiles."""
-    sizes, alike = [], kernels.alike
-    monkeypatch.setattr(
-        kernels, "alike", lambda parts: [sizes.append(len(a)) or a for a in alike(parts)]
-    )
+    started = starts(kernels, monkeypatch)
     monkeypatch.setattr(kernels, "PROGRAMS", 2)
     shapes = [(16 * n, 512) for n in range(1, 12)]
     tensors = drawn(shapes, granularity, [torch.bfloat16] * 3, "", -1, 3)
     by_both(kernels, monkeypatch, tensors, torch.bfloat16, None)
-    assert sizes == [11, 11]
+    assert started == [11, 11]
+
+
+@pytest.mark.parametrize("height", [64, 256])
+def test_norms_go_with_matrices_beside_which_they_are_small(kernels, monkeypatch, height) -> None:
+    started = starts(kernels, monkeypatch)
+    shapes = [(512,), (height, 512), (512,), (16, 512)]
+    tensors = drawn(shapes, "column", [torch.bfloat16] * 3, "base", -1, 3)
+    by_both(kernels, monkeypatch, tensors, torch.bfloat16, None)
+    assert started == ([4, 4] if height == 256 else [2, 2, 2, 2])
+
+
+def starts(kernels, patch) -> list[int]:
+    """How many tensors each start of a kernel is for."""
+    found, table_of = [], kernels.table_of
+    patch.setattr(
+        kernels, "table_of", lambda g, parts, *a: found.append(len(parts)) or table_of(g, parts, *a)
+    )
+    return found
 
 
 @pytest.mark.parametrize("base", ["base", "prepared"])
@@ -211,7 +226,7 @@ def test_sources_of_several_dtypes_are_not_copied(kernels, monkeypatch, base) ->
     tensors = drawn([(33, 64), (5, 64)], "column", dtypes, base, -1, 4)
     placed, table_of = [], kernels.table_of
     monkeypatch.setattr(
-        kernels, "table_of", lambda parts, *a: placed.extend(parts) or table_of(parts, *a)
+        kernels, "table_of", lambda g, parts, *a: placed.extend(parts) or table_of(g, parts, *a)
     )
     by_both(kernels, monkeypatch, tensors, torch.bfloat16, torch.float32)
     addresses = {t.data_ptr() for own in tensors[1] for t in (*own.sources, own.base)}

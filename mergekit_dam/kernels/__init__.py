@@ -8,18 +8,18 @@ Imported only where there is a GPU and Triton, and in tests, by Triton's interpr
 """
 
 import functools
-import itertools
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from mergekit_dam.inputs import Inputs
-from mergekit_dam.kernels.layout import MERGED, SUMMED, expanded, layout_of, padded
+from mergekit_dam.kernels.groups import DTYPES, Group, merged_groups, summed_groups, wide
+from mergekit_dam.kernels.layout import MERGED, Layout, expanded, layout_of, padded
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
-from mergekit_dam.kernels.table import DTYPES, Part, alike, part_of, table_of, wide
+from mergekit_dam.kernels.table import Part, part_of, table_of
 
 STEPS = 32  # tiles that a program of the gradient sums up, at most,
 PROGRAMS = 1024  # but so few that there are as many programs, to fill a GPU
@@ -38,20 +38,21 @@ def combine(
     merged, parts = [], []
     for c, own, dtype, other in zip(coefficients, inputs, dtypes, stored, strict=True):
         sources, is_prepared = own.parts[0], own.prepared is not None
-        out = torch.empty(sources[0].shape, dtype=other, device=sources[0].device)
-        layout = layout_of(tuple(out.shape), tuple(c.shape[1:]), MERGED)
-        factors = expanded(c, layout, out.shape).to(wide(sources)).contiguous()
-        part = part_of(layout, out, factors, own.base, sources, dtype, is_prepared=is_prepared)
-        parts.append(part)
+        shape, broadcast = sources[0].shape, c.shape[1:]
+        out = torch.empty(shape, dtype=other, device=sources[0].device)
+        factors = expanded(c, layout_of(shape, broadcast, MERGED), shape)
+        factors = factors.to(wide(sources[0].dtype)).contiguous()
+        parts.append(
+            part_of(out, factors, own.base, sources, broadcast, dtype, is_prepared=is_prepared)
+        )
         merged.append(out)
-    for together in alike(parts):
-        kind, programs = together[0].kind, [part.layout.tiles for part in together]
-        tiles = [part.layout.tiles_summed for part in together]
-        table = table_of(together, programs, tiles, [p.result.data_ptr() for p in together])
+    for group in merged_groups(tuple([part.told for part in parts])):
+        results = [merged[number].data_ptr() for number in group.members]
+        table = table_of(group, [parts[number] for number in group.members], results)
         with torch.cuda.device_of(table):
-            combine_kernel[(sum(programs),)](
-                table, WIDTH=table.shape[1], DTYPES=kind.sources(), WRITTEN=DTYPES[kind.written],
-                IS_PREPARED=kind.is_prepared, **kind.options, **OPTIONS,
+            combine_kernel[(group.programs,)](
+                table, DTYPES=group.dtypes(), WRITTEN=DTYPES[group.kind.written],
+                IS_PREPARED=group.kind.is_prepared, **group.options, **OPTIONS,
             )  # fmt: skip
     return merged
 
@@ -63,53 +64,55 @@ def gradient(
 ) -> list[Tensor]:  # [N, *B], float32, or float64 for float64 sources
     """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i; the same bits for the same tensors
     together."""
-    parts = []
+    parts, found = [], {}
     for outer, own, shape in zip(outers, inputs, shapes, strict=True):
         sources, subtracted = own.parts
-        layout = layout_of(tuple(outer.shape), tuple(shape[1:]), SUMMED)
-        parts.append(part_of(layout, None, outer.contiguous(), subtracted, sources, outer.dtype))
-    sums = {id(part): own for together in alike(parts) for part, own in _sums(together)}
-    return [
-        _reduced(sums.get(id(part)), part, outer, shape)
-        for part, outer, shape in zip(parts, outers, shapes, strict=True)
-    ]
+        parts.append(
+            part_of(None, outer.contiguous(), subtracted, sources, shape[1:], outer.dtype)
+        )
+    for group in summed_groups(tuple([part.told for part in parts]), STEPS, PROGRAMS):
+        sums = _sums(group, [parts[number] for number in group.members])
+        for number, layout, own in zip(group.members, group.layouts, sums, strict=True):
+            found[number] = _reduced(own, layout, outers[number].shape, shapes[number])
+    empty = (number for number in range(len(parts)) if number not in found)
+    for number in empty:
+        found[number] = torch.zeros(
+            tuple(shapes[number]), dtype=wide(parts[number].sources[0].dtype),
+            device=outers[number].device,
+        )  # fmt: skip
+    return [found[number] for number in range(len(parts))]
 
 
-def _sums(parts: Sequence[Part]) -> Iterator[tuple[Part, Tensor]]:
-    """Of parts of one kind [N, stack * kept]: each program's own, which are then added up."""
-    kind, count = parts[0].kind, len(parts[0].sources)
-    steps = max(1, min(STEPS, sum(part.layout.tiles for part in parts) // PROGRAMS))
-    chunks = max(-(-part.layout.tiles_summed // steps) for part in parts)
-    programs = [chunks * part.layout.stack * part.layout.tiles_kept for part in parts]
-    tiles = [-(-part.layout.tiles_summed // chunks) for part in parts]
-    sizes = [count * part.layout.coefficients for part in parts]
-    places = [0, *itertools.accumulate(sizes)]
-    partial = torch.empty((chunks, places[-1]), dtype=kind.wide, device=parts[0].factor.device)
-    for begin in range(0, count, TOGETHER):
+def _sums(group: Group, parts: Sequence[Part]) -> Sequence[Tensor]:
+    """Of each member [N * stack * kept]: each program's own, which are then added up."""
+    *places, end = group.places
+    partial = torch.empty(
+        (group.chunks, end), dtype=wide(group.kind.dtypes[0]), device=parts[0].factor.device
+    )
+    for begin in range(0, len(group.kind.dtypes), TOGETHER):
         chosen = slice(begin, begin + TOGETHER)
         results = [
-            place + begin * part.layout.coefficients
-            for part, place in zip(parts, places, strict=False)
+            place + begin * layout.coefficients
+            for place, layout in zip(places, group.layouts, strict=True)
         ]
-        table = table_of(parts, programs, tiles, results, chosen)
+        table = table_of(group, parts, results, chosen)
         with torch.cuda.device_of(table):
-            gradient_kernel[(sum(programs),)](
-                table, partial, chunks, places[-1], WIDTH=table.shape[1],
-                DTYPES=kind.sources(chosen), **kind.options, **OPTIONS,
+            gradient_kernel[(group.programs,)](
+                table, partial, group.chunks, end, DTYPES=group.dtypes(chosen), **group.options,
+                **OPTIONS,
             )  # fmt: skip
-    total = partial.sum(0) if chunks > 1 else partial[0]
-    for part, own in zip(parts, total.split(sizes), strict=True):
-        yield part, own.view(count, -1)
+    total = partial.sum(0) if group.chunks > 1 else partial[0]
+    return total.split(group.sizes)
 
 
-def _reduced(sums: Tensor | None, part: Part, outer: Tensor, shape: Sequence[int]) -> Tensor:
+def _reduced(
+    sums: Tensor, layout: Layout, shape: Sequence[int], coefficients: Sequence[int]
+) -> Tensor:
     """[N, *B] of sums for each of an expanded tensor's numbers, or of those that B has."""
-    if sums is None:  # of an empty tensor
-        return torch.zeros(tuple(shape), dtype=part.kind.wide, device=outer.device)
-    if part.layout.is_expanded:
-        sums = sums.reshape(len(sums), *outer.shape)
-        sums = sums.sum_to_size((len(sums), *padded(shape[1:], outer.shape)))
-    return sums.reshape(tuple(shape))
+    if layout.is_expanded:
+        sums = sums.view(-1, *shape)
+        sums = sums.sum_to_size((len(sums), *padded(coefficients[1:], shape)))
+    return sums.reshape(coefficients)
 
 
 def works(device: torch.device) -> bool:

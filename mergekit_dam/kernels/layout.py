@@ -22,7 +22,7 @@ class Layout:
     kept: int
     summed: int
     is_side: bool  # whether the kept axis' numbers lie side by side, or the summed one's
-    numbers: int  # in a tile
+    tile: tuple[int, int]  # numbers of the summed and the kept axis that a program works on at once
     is_expanded: bool = False  # to a coefficient for each number
 
     @property
@@ -33,19 +33,15 @@ class Layout:
     def coefficients(self) -> int:
         return self.stack * self.kept
 
-    @functools.cached_property
-    def tile(self) -> tuple[int, int]:  # summed, kept
-        if self.is_side and self.kept > 1:
-            kept = min(SIDE if self.summed > 1 else self.numbers, power_of_2(self.kept))
-            return min(self.numbers // kept, power_of_2(self.summed)), kept
-        summed = min(SIDE if self.kept > 1 else self.numbers, power_of_2(self.summed))
-        return summed, min(self.numbers // summed, power_of_2(self.kept))
+    @property
+    def numbers(self) -> int:
+        return self.coefficients * self.summed
 
-    @functools.cached_property
+    @property
     def tiles_kept(self) -> int:
         return -(-self.kept // self.tile[1])
 
-    @functools.cached_property
+    @property
     def tiles_summed(self) -> int:
         return -(-self.summed // self.tile[0])
 
@@ -60,19 +56,32 @@ def power_of_2(number: int) -> int:
 
 @functools.cache
 def layout_of(shape: tuple[int, ...], broadcast: tuple[int, ...], numbers: int) -> Layout:
-    """Of a contiguous tensor of a shape S, with coefficients [*B]."""
+    """Of a contiguous tensor of a shape S, with coefficients [*B], in tiles of `numbers`."""
+    stack, kept, summed, is_side, *is_expanded = _axes(shape, padded(broadcast, shape))
+    return Layout(stack, kept, summed, is_side, _tile(kept, summed, numbers, is_side), *is_expanded)
+
+
+def _axes(shape: tuple[int, ...], broadcast: tuple[int, ...]) -> tuple:
+    """Stack, kept and summed axis, whether the kept one is side by side, whether expanded."""
     count = math.prod(shape)
-    broadcast = padded(broadcast, shape)
     if all(size == 1 for size in broadcast):
-        return Layout(1, 1, count, False, numbers)
+        return 1, 1, count, False
     if len(shape) > 1 and broadcast[:-2] == tuple(shape[:-2]):
         rows, columns = shape[-2:]
         stack = math.prod(shape[:-2])
         if broadcast[-2:] == (1, columns):
-            return Layout(stack, columns, rows, True, numbers)
+            return stack, columns, rows, True
         if broadcast[-2:] == (rows, 1):
-            return Layout(stack, rows, columns, False, numbers)
-    return Layout(1, count, 1, True, numbers, is_expanded=True)
+            return stack, rows, columns, False
+    return 1, count, 1, True, True
+
+
+def _tile(kept: int, summed: int, numbers: int, is_side: bool) -> tuple[int, int]:
+    if is_side and kept > 1:
+        side = min(SIDE if summed > 1 else numbers, power_of_2(kept))
+        return min(numbers // side, power_of_2(summed)), side
+    side = min(SIDE if kept > 1 else numbers, power_of_2(summed))
+    return side, min(numbers // side, power_of_2(kept))
 
 
 def padded(broadcast: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.assembly import Assembly
@@ -29,6 +28,9 @@ class Block(nn.Module):
         super().__init__()
         self.block, self.path, self.tensors = block, path, dict(tensors)
         self._assemblies, self._make, self._call = tuple(assemblies), make, call
+        assembled = (name for assembly in assemblies for name in assembly.parameters)
+        local = [*tensors, *(name.removeprefix(f"{path}.") for name in assembled)]
+        self._places = {name: _place(block, name) for name in local}
 
     def __getattr__(self, name: str):
         try:
@@ -53,7 +55,21 @@ class Block(nn.Module):
         return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
-        return functional_call(self.block, weights, args, kwargs, tie_weights=False)
+        """As `torch.func.functional_call` does, which looks for every tensor's place at each call:
+        on a GPU, of a short step's blocks, that is a twentieth of the time."""
+        before = self._put(weights)
+        try:
+            return self.block(*args, **kwargs)
+        finally:
+            self._put(before)
+
+    def _put(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors in their places; returns those that were there."""
+        before = {}
+        for name, tensor in tensors.items():
+            owner, leaf = self._places[name]
+            before[name], owner[leaf] = owner[leaf], tensor
+        return before
 
     def weights(self) -> dict[str, Tensor]:
         """The block's parameters and buffers, by their names in it."""
@@ -63,6 +79,13 @@ class Block(nn.Module):
             made = assembly(self._make(assembly.names))
             weights |= {name.removeprefix(f"{self.path}."): w for name, w in made.items()}
         return weights
+
+
+def _place(block: nn.Module, name: str) -> tuple[dict, str]:
+    """Where a module keeps a parameter or buffer."""
+    path, _, leaf = name.rpartition(".")
+    owner = block.get_submodule(path)
+    return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
 
 
 def with_made_weights(skeleton: Skeleton, make: Make, call: Call) -> nn.Module:

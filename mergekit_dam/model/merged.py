@@ -1,7 +1,7 @@
 """The merged model: coefficients are its only parameters, weights exist one block at a time.
 
 Every block of the skeleton (a decoder layer, an embedding, the final norm, the head) runs
-through `torch.func.functional_call` with weights made on the spot. Where gradients are wanted
+with weights made on the spot, in the places of its own. Where gradients are wanted
 the backward pass makes a block's weights again (see `recompute`): one block's merged weights exist
 at a time. A teacher is the same skeleton with one source's own tensors in place of the merged
 ones; it costs no extra weights.
