@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
+from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import weights
@@ -40,6 +41,26 @@ def test_gradients_are_the_same_to_the_last_bit(make, name):
     for mode in ("weights", "none"):
         for one, other in zip(found["block"], found[mode], strict=True):
             assert torch.equal(one, other)
+
+
+def test_a_block_may_be_gone_through_backwards_more_than_once(make):
+    merged = make("llama")
+    merged.recompute = "block"
+    loss = merged(tiny.tokens()).square().mean()
+    loss.backward(retain_graph=True)
+    once = [c.grad.clone() for c in merged.parameters()]
+    loss.backward()
+    assert all(torch.equal(c.grad, 2 * g) for c, g in zip(merged.parameters(), once, strict=True))
+
+
+def test_a_block_that_does_something_else_again_is_told(make):
+    merged = make("llama")
+    merged.recompute = "block"
+    loss = merged(tiny.tokens()).square().mean()
+    layer = merged.model.model.layers[1].block
+    layer.forward = lambda hidden, *args, **kwargs: hidden
+    with pytest.raises(DamError, match=r"model.layers.1 .*`dam.recompute: weights"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -67,9 +67,7 @@ def gradient(
     parts, found = [], {}
     for outer, own, shape in zip(outers, inputs, shapes, strict=True):
         sources, subtracted = own.parts
-        parts.append(
-            part_of(None, outer.contiguous(), subtracted, sources, shape[1:], outer.dtype)
-        )
+        parts.append(part_of(None, outer.contiguous(), subtracted, sources, shape[1:], outer.dtype))
     for group in summed_groups(tuple([part.told for part in parts]), STEPS, PROGRAMS):
         sums = _sums(group, [parts[number] for number in group.members])
         for number, layout, own in zip(group.members, group.layouts, sums, strict=True):

@@ -117,8 +117,7 @@ def summed_groups(told: tuple[Told, ...], most: int, fewest: int) -> tuple[Group
         steps = max(1, min(most, sum(own.tiles for own in layouts) // fewest))
         chunks = max(-(-own.tiles_summed // steps) for own in layouts)
         rows = [
-            (chunks * own.stack * own.tiles_kept, -(-own.tiles_summed // chunks))
-            for own in layouts
+            (chunks * own.stack * own.tiles_kept, -(-own.tiles_summed // chunks)) for own in layouts
         ]
         groups.append(_group(kind, members, layouts, chunks, rows))
     return tuple(groups)
@@ -161,9 +160,7 @@ def _alike(
                 yield kind, some, [replace(layouts[number], tile=tile) for number in some]
 
 
-def _by_tile(
-    members: Sequence[int], layouts: Sequence[Layout]
-) -> dict[tuple[int, int], list[int]]:
+def _by_tile(members: Sequence[int], layouts: Sequence[Layout]) -> dict[tuple[int, int], list[int]]:
     """In its own tile most of a small tensor's would be padding if it took another's, which does
     no harm where the others have most of the work; and a kernel less is started."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
