@@ -168,7 +168,12 @@ class MergedModel(nn.Module):
 
     def _run(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
         """A block's outputs for several calls, its weights made once."""
-        with self._seen_as(view), torch.set_grad_enabled(_has_gradients(view)):
+        with self._seen_as(view):
+            return self._outputs(block, calls)
+
+    def _outputs(self, block: Block, calls: Sequence[tuple[tuple, dict]]) -> list[Any]:
+        """As the present view has them."""
+        with torch.set_grad_enabled(_has_gradients(self._view)):
             if torch.is_grad_enabled():
                 return run(block, calls, self.recompute)
             return block.run_each(calls)
@@ -240,7 +245,7 @@ class MergedModel(nn.Module):
     def _call(self, block: Block, args: tuple, kwargs: dict):
         if self._intercept is not None:
             return self._intercept(block, args, kwargs)
-        return self._run(block, [(args, kwargs)], self._view)[0]
+        return self._outputs(block, [(args, kwargs)])[0]
 
     @contextmanager
     def _seen_as(self, view: View):
@@ -250,30 +255,21 @@ class MergedModel(nn.Module):
         finally:
             self._view = before
 
-    def _make(self, names: Sequence[str]) -> dict[str, Tensor]:
+    def _make(self, names: Sequence[str]) -> Mapping[str, Tensor]:
         """Weights of the present view, in the dtype of the forward pass."""
         if self._view == "merge":
             return self.merged_weights(names)
-        return {name: self._make_one(name) for name in names}
+        if isinstance(self._view, int):
+            return self._weights.of_source(self._view, names, self.device, self._dtype)
+        make = self._average_of if self._view == "average" else self._given
+        return {name: make(name).to(self.device, self._dtype) for name in names}
 
-    def _make_one(self, name: str) -> Tensor:
-        """Of a source, of the average, or given."""
-        if isinstance(self._view, Mapping):
-            return self._given(name).to(self.device, self._dtype)
+    def _average_of(self, name: str) -> Tensor:
         stack = self._weights[name]
-        if self._view == "average":
-            sources = stack.sources[: stack.teachers]
-            share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
-            share = share.to(sources[0].device)
-            inputs = Inputs(sources, None, None)
-            return combine_all([share], [inputs], [stack.dtype], stored=self._dtype)[0]
-        weight = stack.source(self._view)
-        if weight is None:
-            raise DamError(
-                f"Source number {self._view + 1} has no tensor {name}, which the merged model "
-                "needs, so it cannot teach: leave it out, or give it as the base alone."
-            )
-        return weight.to(self.device, self._dtype)
+        sources = stack.sources[: stack.teachers]
+        share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
+        inputs, share = Inputs(sources, None, None), share.to(sources[0].device)
+        return combine_all([share], [inputs], [stack.dtype], stored=self._dtype)[0]
 
     def _given(self, name: str) -> Tensor:
         if name not in self._view:

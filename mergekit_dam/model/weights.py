@@ -1,7 +1,7 @@
 """The sources' weights, gathered by mergekit."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +57,7 @@ class SourceWeights:
         self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
+        self._found: dict[tuple, Mapping[str, Tensor]] = {}  # blocks of sources
         for name, inputs in plan.load(plan.tensors):
             self._add(plan.tensors[name], inputs)
 
@@ -124,6 +125,27 @@ class SourceWeights:
         written = [stack.dtype for stack in stacks]
         inputs = load(range(len(stacks)))
         return combine_all(coefficients, inputs, written, stored=dtype, again=load)
+
+    def of_source(
+        self, row: int, names: Sequence[str], device: torch.device, dtype: torch.dtype
+    ) -> Mapping[str, Tensor]:
+        """A source's own weights. Where they lie as they are used, they are found once."""
+        key = (row, tuple(names), device, dtype)
+        if (found := self._found.get(key)) is None:
+            own = {name: self._own(row, name) for name in names}
+            found = {name: weight.to(device, dtype) for name, weight in own.items()}
+            if not self.is_fetched and all(own[name] is found[name] for name in names):
+                self._found[key] = found
+        return found
+
+    def _own(self, row: int, name: str) -> Tensor:
+        weight = self[name].source(row)
+        if weight is None:
+            raise DamError(
+                f"Source number {row + 1} has no tensor {name}, which the merged model needs, so "
+                "it cannot teach: leave it out, or give it as the base alone."
+            )
+        return weight
 
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]
