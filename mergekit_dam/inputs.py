@@ -1,6 +1,6 @@
 """What one tensor of the merge is made of."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -25,3 +25,12 @@ class Inputs:
             None if self.base is None else change(self.base),
             None if self.prepared is None else tuple(map(change, self.prepared)),
         )
+
+
+class Together(tuple[Inputs, ...]):
+    """Inputs of tensors that are needed together, and what has been found out about them."""
+
+    def __new__(cls, inputs: Iterable[Inputs]) -> "Together":
+        self = super().__new__(cls, inputs)
+        self.known = {}
+        return self

@@ -19,6 +19,7 @@ from triton.compiler import ASTSource
 
 from mergekit_dam import kernels
 from mergekit_dam.kernels.groups import DTYPES, Group, Kind
+from mergekit_dam.kernels.launches import TOGETHER, constants
 from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
 
@@ -26,16 +27,16 @@ SHAPE = (4096, 11008)
 BROADCASTS = {"column": (1, 11008), "row": (4096, 1), "tensor": (1, 1), "element": SHAPE}
 WIDE, NARROW = torch.float32, torch.bfloat16
 VARIANTS = [  # dtypes of the sources, and of a base
-    ((NARROW,) * 3, None), ((NARROW,) * kernels.TOGETHER, None), ((NARROW, WIDE), NARROW),
-    ((WIDE,) * kernels.TOGETHER, WIDE),
+    ((NARROW,) * 3, None), ((NARROW,) * TOGETHER, None), ((NARROW, WIDE), NARROW),
+    ((WIDE,) * TOGETHER, WIDE),
 ]  # fmt: skip
 
 
-def constants(layout: Layout, dtypes: tuple[torch.dtype, ...], base: torch.dtype | None) -> dict:
+def chosen(layout: Layout, dtypes: tuple[torch.dtype, ...], base: torch.dtype | None) -> dict:
     kind = Kind(dtypes, base, dtypes[0], dtypes[0], False, layout.is_side, True)
     group = Group(kind, (0,), (layout,), 1, 1, ())
-    own = {"DTYPES": group.dtypes(), "WRITTEN": DTYPES[kind.written], "IS_PREPARED": False}
-    return group.options | own
+    own = {"WRITTEN": DTYPES[kind.written], "IS_PREPARED": False}
+    return constants(group) | own
 
 
 def compiled(kernel: triton.JITFunction, given: dict, target: GPUTarget) -> str:
@@ -82,7 +83,7 @@ if __name__ == "__main__":
         )
         for granularity, broadcast in BROADCASTS.items()
         for variant in VARIANTS
-        for given in [constants(layout_of(SHAPE, broadcast, numbers), *variant)]
+        for given in [chosen(layout_of(SHAPE, broadcast, numbers), *variant)]
         for ptx in [compiled(kernel, given, GPUTarget("cuda", int(capability), 32))]
     ]
     print(json.dumps(found))

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from mergekit_dam import formula
 from mergekit_dam.formula import FORMULAS, GRANULARITIES, coefficient_shape, combine, combine_all
-from mergekit_dam.inputs import Inputs
+from mergekit_dam.inputs import Inputs, Together
 
 pytest.importorskip("triton", reason="needs Triton, which is there for Linux")
 IS_CUDA = torch.cuda.is_available()
@@ -213,10 +213,13 @@ def test_norms_go_with_matrices_beside_which_they_are_small(kernels, monkeypatch
 
 def starts(kernels, patch) -> list[int]:
     """How many tensors each start of a kernel is for."""
-    found, table_of = [], kernels.table_of
-    patch.setattr(
-        kernels, "table_of", lambda g, parts, *a: found.append(len(parts)) or table_of(g, parts, *a)
-    )
+    found, table = [], kernels.Launch.table
+
+    def counting(launch, results, *others):
+        found.append(len(results))
+        return table(launch, results, *others)
+
+    patch.setattr(kernels.Launch, "table", counting)
     return found
 
 
@@ -224,14 +227,22 @@ def starts(kernels, patch) -> list[int]:
 def test_sources_of_several_dtypes_are_not_copied(kernels, monkeypatch, base) -> None:
     dtypes = [torch.float16, torch.bfloat16, torch.float32, torch.bfloat16]
     tensors = drawn([(33, 64), (5, 64)], "column", dtypes, base, -1, 4)
-    placed, table_of = [], kernels.table_of
-    monkeypatch.setattr(
-        kernels, "table_of", lambda g, parts, *a: placed.extend(parts) or table_of(g, parts, *a)
-    )
     by_both(kernels, monkeypatch, tensors, torch.bfloat16, torch.float32)
-    addresses = {t.data_ptr() for own in tensors[1] for t in (*own.sources, own.base)}
-    assert {source.data_ptr() for part in placed for source in part.sources} <= addresses
-    assert {part.base.data_ptr() for part in placed if part.base is not None} <= addresses
+    for is_sum in (False, True):
+        assert not kernels.placed(tensors[1], is_sum=is_sum).is_copied
+
+
+def test_what_is_found_out_is_kept_with_inputs_that_stay(kernels, monkeypatch) -> None:
+    """And what had to be copied is not, nor is it taken for what other coefficients need."""
+    tensors = drawn([(33, 64), (5, 64)], "column", [torch.float32] * 2, "base", -1, 4)
+    together = Together(tensors[1])
+    for granularity in ("column", "row", "column"):
+        other = drawn([(33, 64), (5, 64)], granularity, [torch.float32] * 2, "base", -1, 5)
+        by_both(kernels, monkeypatch, (other[0], together, other[2]), torch.bfloat16, None)
+    assert together.known.keys() == {False, True}
+    strided = Together([Inputs(tuple(torch.randn(2, 7, 5, device=DEVICE).mT), None, None)])
+    kernels.combine([torch.ones(2, 1, 7, device=DEVICE)], strided, *[[torch.float32]] * 2)
+    assert not strided.known
 
 
 def test_they_are_tried_before_they_are_used(kernels) -> None:

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.inputs import Inputs
-from mergekit_dam.kernels.groups import DTYPES, Group, merged_groups, summed_groups, wide
+from mergekit_dam.kernels.groups import ALIGNED, Group, wide
+from mergekit_dam.kernels.launches import Launch, placed
 from mergekit_dam.kernels.layout import MERGED, Layout, expanded, layout_of, padded
 from mergekit_dam.kernels.programs import combine_kernel, gradient_kernel
-from mergekit_dam.kernels.table import Part, part_of, table_of
 
 STEPS = 32  # tiles that a program of the gradient sums up, at most,
 PROGRAMS = 1024  # but so few that there are as many programs, to fill a GPU
-TOGETHER = 4  # sources whose sums fit into registers
 OPTIONS = {"enable_fp_fusion": False}  # products are rounded before they are added, as on a CPU
 LOG = logging.getLogger(__name__)
 
@@ -35,72 +34,82 @@ def combine(
     stored: Sequence[torch.dtype],  # in which it is given
 ) -> list[Tensor]:
     """As `formula.combine_all` does, to the rounding of sums in another order."""
-    merged, parts = [], []
-    for c, own, dtype, other in zip(coefficients, inputs, dtypes, stored, strict=True):
-        sources, is_prepared = own.parts[0], own.prepared is not None
-        shape, broadcast = sources[0].shape, c.shape[1:]
-        out = torch.empty(shape, dtype=other, device=sources[0].device)
-        factors = expanded(c, layout_of(shape, broadcast, MERGED), shape)
-        factors = factors.to(wide(sources[0].dtype)).contiguous()
-        parts.append(
-            part_of(out, factors, own.base, sources, broadcast, dtype, is_prepared=is_prepared)
-        )
-        merged.append(out)
-    for group in merged_groups(tuple([part.told for part in parts])):
-        results = [merged[number].data_ptr() for number in group.members]
-        table = table_of(group, [parts[number] for number in group.members], results)
-        with torch.cuda.device_of(table):
-            combine_kernel[(group.programs,)](
-                table, DTYPES=group.dtypes(), WRITTEN=DTYPES[group.kind.written],
-                IS_PREPARED=group.kind.is_prepared, **group.options, **OPTIONS,
-            )  # fmt: skip
+    own = placed(inputs, is_sum=False)
+    merged = [
+        torch.empty(shape, dtype=dtype, device=own.device)
+        for shape, dtype in zip(own.shapes, stored, strict=True)
+    ]
+    factors = [_factors(*each) for each in zip(coefficients, own.sources, strict=True)]
+    results, places = _addresses(merged), _addresses(factors)
+    with torch.cuda.device_of(merged[0]):
+        for launch in own.merging(
+            [c.shape for c in coefficients], stored, dtypes,
+            is_aligned=_are_aligned(results + places),
+        ):  # fmt: skip
+            group = launch.group
+            table = launch.table(
+                [results[n] for n in group.members], [places[n] for n in group.members], own.device
+            )
+            combine_kernel[(group.programs,)](table, **launch.constants, **OPTIONS)
     return merged
+
+
+def _factors(coefficients: Tensor, sources: Sequence[Tensor]) -> Tensor:
+    """Coefficients as the kernel reads them."""
+    shape = sources[0].shape
+    factors = expanded(coefficients, layout_of(shape, coefficients.shape[1:], MERGED), shape)
+    return factors.to(wide(sources[0].dtype)).contiguous()
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
+def _are_aligned(addresses: Sequence[int]) -> bool:
+    return not any([address % ALIGNED for address in addresses])
 
 
 def gradient(
     outers: Sequence[Tensor],  # of each tensor S, dL/dW
     inputs: Sequence[Inputs],
-    shapes: Sequence[Sequence[int]],  # [N, *B]
+    shapes: Sequence[torch.Size],  # [N, *B]
 ) -> list[Tensor]:  # [N, *B], float32, or float64 for float64 sources
     """dL/dc_i = Σ over the broadcast axes of dL/dW * D_i; the same bits for the same tensors
     together."""
-    parts, found = [], {}
-    for outer, own, shape in zip(outers, inputs, shapes, strict=True):
-        sources, subtracted = own.parts
-        parts.append(part_of(None, outer.contiguous(), subtracted, sources, shape[1:], outer.dtype))
-    for group in summed_groups(tuple([part.told for part in parts]), STEPS, PROGRAMS):
-        sums = _sums(group, [parts[number] for number in group.members])
-        for number, layout, own in zip(group.members, group.layouts, sums, strict=True):
-            found[number] = _reduced(own, layout, outers[number].shape, shapes[number])
-    empty = (number for number in range(len(parts)) if number not in found)
-    for number in empty:
-        found[number] = torch.zeros(
-            tuple(shapes[number]), dtype=wide(parts[number].sources[0].dtype),
-            device=outers[number].device,
-        )  # fmt: skip
-    return [found[number] for number in range(len(parts))]
+    own, outers = placed(inputs, is_sum=True), [outer.contiguous() for outer in outers]
+    places, others = _addresses(outers), [outer.dtype for outer in outers]
+    found: dict[int, Tensor] = {}
+    with torch.cuda.device_of(outers[0]):
+        for group, launches in own.summing(
+            shapes, others, STEPS, PROGRAMS, is_aligned=_are_aligned(places)
+        ):
+            sums = _sums(group, launches, [places[n] for n in group.members], own.device)
+            for number, layout, some in zip(group.members, group.layouts, sums, strict=True):
+                found[number] = _reduced(some, layout, own.shapes[number], shapes[number])
+    return [
+        found[n] if n in found else _zeros(shape, sources, own.device)
+        for n, (shape, sources) in enumerate(zip(shapes, own.sources, strict=True))
+    ]
 
 
-def _sums(group: Group, parts: Sequence[Part]) -> Sequence[Tensor]:
+def _sums(
+    group: Group, launches: Sequence[Launch], places: Sequence[int], device: torch.device
+) -> Sequence[Tensor]:
     """Of each member [N * stack * kept]: each program's own, which are then added up."""
-    *places, end = group.places
-    partial = torch.empty(
-        (group.chunks, end), dtype=wide(group.kind.dtypes[0]), device=parts[0].factor.device
-    )
-    for begin in range(0, len(group.kind.dtypes), TOGETHER):
-        chosen = slice(begin, begin + TOGETHER)
-        results = [
-            place + begin * layout.coefficients
-            for place, layout in zip(places, group.layouts, strict=True)
-        ]
-        table = table_of(group, parts, results, chosen)
-        with torch.cuda.device_of(table):
-            gradient_kernel[(group.programs,)](
-                table, partial, group.chunks, end, DTYPES=group.dtypes(chosen), **group.options,
-                **OPTIONS,
-            )  # fmt: skip
+    size, dtype = sum(group.sizes), wide(group.kind.dtypes[0])
+    partial = torch.empty((group.chunks, size), dtype=dtype, device=device)
+    for launch in launches:
+        table = launch.table(launch.places, places, device)
+        gradient_kernel[(group.programs,)](
+            table, partial, group.chunks, size, **launch.constants, **OPTIONS
+        )
     total = partial.sum(0) if group.chunks > 1 else partial[0]
     return total.split(group.sizes)
+
+
+def _zeros(shape: torch.Size, sources: Sequence[Tensor], device: torch.device) -> Tensor:
+    """Of an empty tensor."""
+    return torch.zeros(shape, dtype=wide(sources[0].dtype), device=device)
 
 
 def _reduced(

@@ -48,15 +48,6 @@ class Kind(NamedTuple):
     is_side: bool
     is_aligned: bool
 
-    def options(self, tile: tuple[int, int]) -> dict:
-        """What both kernels are compiled for."""
-        return {
-            "OTHER": DTYPES[self.other], "WIDE": DTYPES[wide(self.dtypes[0])],
-            "BASE_DTYPE": None if self.base is None else DTYPES[self.base],
-            "TILE_SUMMED": tile[0], "TILE_KEPT": tile[1],
-            "IS_SIDE": self.is_side, "IS_ALIGNED": self.is_aligned,
-        }  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Group:
@@ -75,22 +66,21 @@ class Group:
         return _width(len(self.members))
 
     @functools.cached_property
-    def sizes(self) -> list[int]:
+    def sizes(self) -> tuple[int, ...]:
         """How many coefficients each member has, of all sources."""
-        return [len(self.kind.dtypes) * layout.coefficients for layout in self.layouts]
+        return tuple(len(self.kind.dtypes) * layout.coefficients for layout in self.layouts)
 
-    @functools.cached_property
-    def places(self) -> list[int]:
-        """Where each member's coefficients begin, and where the last one's end."""
-        return [0, *itertools.accumulate(self.sizes)]
+    def places(self, begin: int) -> list[int]:
+        """Where each member's coefficients for the sources from `begin` on are, among all sums."""
+        first = [0, *itertools.accumulate(self.sizes)]
+        return [
+            place + begin * layout.coefficients
+            for place, layout in zip(first, self.layouts, strict=False)
+        ]
 
-    @functools.cached_property
-    def options(self) -> dict:
-        return {"WIDTH": self.width, **self.kind.options(self.layouts[0].tile)}
-
-    def dtypes(self, chosen: slice = slice(None)) -> tuple:
-        """Of some of the sources."""
-        return tuple(DTYPES[dtype] for dtype in self.kind.dtypes[chosen])
+    @property
+    def tile(self) -> tuple[int, int]:
+        return self.layouts[0].tile
 
 
 @functools.cache

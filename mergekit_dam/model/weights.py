@@ -10,7 +10,7 @@ from torch import Tensor
 from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine_all
-from mergekit_dam.inputs import Inputs
+from mergekit_dam.inputs import Inputs, Together
 from mergekit_dam.model.offload import STORES, Offload
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
@@ -57,7 +57,9 @@ class SourceWeights:
         self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
-        self._found: dict[tuple, Mapping[str, Tensor]] = {}  # blocks of sources
+        # Blocks of what stays on the device, and of sources whose tensors are used as they lie.
+        self._blocks: dict[tuple[str, ...], Together] = {}
+        self._found: dict[tuple, Mapping[str, Tensor]] = {}
         for name, inputs in plan.load(plan.tensors):
             self._add(plan.tensors[name], inputs)
 
@@ -117,14 +119,21 @@ class SourceWeights:
     ) -> tuple[Tensor, ...]:
         """The formula, for tensors that are needed together: rounded as the merge will write them,
         given in `dtype`. Gradients are not rounded."""
-        stacks = [self[name] for name in names]
+        written = [self[name].dtype for name in names]
 
-        def load(numbers: Iterable[int]) -> list[Inputs]:
-            return [stacks[number].load() for number in numbers]
+        def again(numbers: Iterable[int]) -> Together:
+            return self._together(tuple(names[number] for number in numbers))
 
-        written = [stack.dtype for stack in stacks]
-        inputs = load(range(len(stacks)))
-        return combine_all(coefficients, inputs, written, stored=dtype, again=load)
+        inputs = self._together(tuple(names))
+        return combine_all(coefficients, inputs, written, stored=dtype, again=again)
+
+    def _together(self, names: tuple[str, ...]) -> Together:
+        """Inputs; those that stay on the device are found once."""
+        if (found := self._blocks.get(names)) is None:
+            found = Together(self[name].load() for name in names)
+            if not self.is_fetched:
+                self._blocks[names] = found
+        return found
 
     def of_source(
         self, row: int, names: Sequence[str], device: torch.device, dtype: torch.dtype
