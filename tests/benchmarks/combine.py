@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam import formula
-from mergekit_dam.inputs import Inputs
+from mergekit_dam.inputs import Inputs, Together
 from tests.benchmarks.fit_step import SHAPES, chosen
 from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
 
@@ -43,7 +43,7 @@ def main(shape: str, sources: int, repeat: int, device: str | None) -> None:
 def _steps(sizes: list[tuple[int, int]], count: int, dtype, device: str) -> dict[str, Step]:
     layer = [[torch.randn(s, device=device).to(dtype) for _ in range(count + 1)] for s in sizes]
     outers = [outer for outer, *_ in layer]
-    inputs = [Inputs(tuple(sources), None, None) for _, *sources in layer]
+    inputs = Together(Inputs(tuple(sources), None, None) for _, *sources in layer)
     halves = [torch.cat(own).flatten().chunk(2) for own in layer]
     steps: dict[str, Step] = {FLOOR: lambda: [read.copy_(other) for read, other in halves]}
     for name, kernels in _ways(device).items():
@@ -60,13 +60,13 @@ def _ways(device: str) -> dict[str, Callable]:
     return ways if found is None else {"kernels": lambda _: found, **ways}
 
 
-def _coefficients(inputs: list[Inputs]) -> list[Tensor]:
+def _coefficients(inputs: Together) -> list[Tensor]:
     count, device = len(inputs[0].sources), inputs[0].sources[0].device
     shapes = [(count, 1, own.sources[0].shape[1]) for own in inputs]
     return [torch.full(s, 1 / count, device=device, requires_grad=True) for s in shapes]
 
 
-def _merge(inputs: list[Inputs], dtype: torch.dtype, kernels: Callable) -> Step:
+def _merge(inputs: Together, dtype: torch.dtype, kernels: Callable) -> Step:
     coefficients = _coefficients(inputs)
 
     def step() -> None:
@@ -77,7 +77,7 @@ def _merge(inputs: list[Inputs], dtype: torch.dtype, kernels: Callable) -> Step:
     return step
 
 
-def _gradient(inputs: list[Inputs], outers: list[Tensor], dtype, kernels: Callable) -> Step:
+def _gradient(inputs: Together, outers: list[Tensor], dtype, kernels: Callable) -> Step:
     formula._kernels = kernels
     coefficients = _coefficients(inputs)
     merged = formula.combine_all(coefficients, inputs, [dtype] * len(inputs))
