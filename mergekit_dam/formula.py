@@ -88,9 +88,15 @@ def combine_all(
     for own, c in zip(inputs, coefficients, strict=True):
         if len(c) != len(own.sources):
             raise ValueError(f"{len(c)} coefficients for {len(own.sources)} sources")
-    again = again or (lambda some: inputs if len(some) == len(inputs) else [inputs[n] for n in some])
+    again = again or (
+        lambda some: inputs if len(some) == len(inputs) else [inputs[n] for n in some]
+    )
     given = [stored or dtype for dtype in dtypes]
     return _Combine.apply(inputs, dtypes, given, again, *coefficients)
+
+
+def _some(inputs: Sequence[Inputs], numbers: Sequence[int]) -> Sequence[Inputs]:
+    return inputs if len(numbers) == len(inputs) else [inputs[number] for number in numbers]
 
 
 @functools.cache

@@ -43,7 +43,9 @@ def make(recipe, tmp_path):
 
 @pytest.fixture
 def in_small_chunks(monkeypatch):
+    """Which sources share, in pieces of which the terms are made."""
     monkeypatch.setattr(chunks, "CHUNK", 3 * tiny.VOCABULARY)
+    monkeypatch.setattr(chunks, "PIECES", {"cpu": 2 * tiny.VOCABULARY})
 
 
 def whole(merged, inputs) -> torch.Tensor:
@@ -120,7 +122,8 @@ def test_held_out_figures_do_not_depend_on_the_chunks(make, monkeypatch):
     fit = make("gemma2")
     rows = [source.held_out for source in fit.data]
     whole = evaluate(fit.merged, rows, 60, 30)
-    monkeypatch.setattr(chunks, "CHUNK", 2 * tiny.VOCABULARY)
+    monkeypatch.setattr(chunks, "CHUNK", 4 * tiny.VOCABULARY)
+    monkeypatch.setattr(chunks, "PIECES", {"cpu": 3 * tiny.VOCABULARY})
     for one, other in zip(whole, evaluate(fit.merged, rows, 60, 30), strict=True):
         assert one.tokens == other.tokens
         assert one.kl == pytest.approx(other.kl, rel=1e-5)

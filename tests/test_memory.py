@@ -113,6 +113,13 @@ def test_a_step_takes_what_was_predicted(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {})
 
 
+@pytest.mark.parametrize("name", ["vocabulary", "chunks", "head"])
+def test_so_does_one_whose_terms_are_made_of_a_whole_chunk(recipe, tmp_path, monkeypatch, name):
+    """As on a GPU."""
+    monkeypatch.setattr(chunks, "PIECES", {})
+    compare(recipe, tmp_path, name, {})
+
+
 @pytest.mark.parametrize("name", ["activations", "depth"])
 @pytest.mark.parametrize(
     "dtype, computed",

@@ -1,12 +1,14 @@
 """Losses over the vocabulary, some tokens at a time.
 
 Logits [tokens, vocabulary] of a step would take more memory than the rest of it (8,192 tokens with
-128,000 entries: 4 GB, several times over). Here they exist for one chunk of tokens. A chunk's
-gradients are computed at once with its loss, so that the head runs once, and not again in the
-backward pass.
+128,000 entries: 4 GB, several times over). Here they exist for one chunk of tokens, of one source
+or of several. A chunk's gradients are computed at once with its loss, so that the head runs once,
+and not again in the backward pass; and what the terms make of the logits on the way, for one piece
+of a chunk.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,70 +16,112 @@ from torch import Tensor
 from mergekit_dam.model import Head
 
 CHUNK = 2**25  # logits that exist at once: 128 MB in float32
+PIECES = {
+    "cpu": 2**18
+}  # of these, that the terms work on at once: on a CPU so that they are cached
 
-# Logits [tokens, vocabulary] of a chunk, and which it is -> the terms of the loss, each a share of
-# the whole: they are added up.
-Terms = Callable[[Tensor, slice], Mapping[str, Tensor]]
+Terms = Mapping[str, Tensor]
 
 
-def slices(tokens: int, vocabulary: int) -> Iterator[slice]:
-    """Chunks of tokens, about equal in length."""
-    count = max(1, -(-tokens * vocabulary // CHUNK))
+@dataclass(frozen=True)
+class Section:
+    """Tokens of one source."""
+
+    states: Sequence[Tensor]  # of the student, some [tokens, width]
+    teach: Callable[[slice], Tensor]  # the teacher's logits [tokens, vocabulary] of some of them
+    # The student's and the teacher's logits of some of them -> terms, each a share of the whole:
+    # they are added up.
+    compare: Callable[[Tensor, Tensor], Terms]
+
+
+def slices(tokens: int, vocabulary: int, numbers: int | None = None) -> Iterator[slice]:
+    """Chunks of tokens, about equal in length, of so many numbers at most."""
+    count = max(1, -(-tokens * vocabulary // (numbers or CHUNK)))
     size = -(-tokens // count)
     for start in range(0, tokens, size or 1):
         yield slice(start, min(start + size, tokens))
 
 
-class ChunkedLoss:
-    """Adds up losses of the logits that one head makes, with the gradients of states and head."""
+def piece_of(device: torch.device) -> int:
+    """How many numbers the terms work on at once."""
+    return min(CHUNK, PIECES.get(device.type, CHUNK))
 
-    def __init__(self, head: Head, vocabulary: int):
-        self._head, self._vocabulary = head, vocabulary
-        self._total = torch.zeros(())
+
+class ChunkedLoss:
+    """The sum of sections' terms, with the gradients of the states and of the head."""
+
+    def __init__(self, head: Head, vocabulary: int, weights: Mapping[str, float]):  # of the terms
+        self._head, self._vocabulary, self._weights = head, vocabulary, weights
         trained = head.trained() if torch.is_grad_enabled() else []
         self._leaves = [leaf for _, leaf in trained]
-        # Tensors and their gradients; many chunks are added up, so in float32 at least.
-        self._of_head = [
-            (weight, torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)))
-            for weight, leaf in trained
-        ]
-        self._of_states: list[tuple[Tensor, Tensor]] = []
+        self._of_head = [weight for weight, _ in trained]
+        self._slopes: list[Tensor] = []  # their gradients
 
-    def add(
-        self,
-        states: Tensor,  # [tokens, width]
-        terms: Terms,
-        weights: Mapping[str, float],  # of the terms
-    ) -> dict[str, Tensor]:
-        """Adds the terms times their weights; returns the terms, without gradients."""
+    def __call__(self, sections: Sequence[Section]) -> tuple[Tensor, list[dict[str, Tensor]]]:
+        """The loss, differentiable, and each section's terms, without gradients."""
+        states = torch.cat([part for section in sections for part in section.states])
         wants = states.requires_grad and torch.is_grad_enabled()
-        gradient = torch.zeros_like(states) if wants else None
-        totals = dict.fromkeys(weights, torch.zeros((), device=states.device))
+        gradient = torch.empty_like(states) if wants else None
+        zero = torch.zeros((), device=states.device)
+        totals = [dict.fromkeys(self._weights, zero) for _ in sections]
         for chunk in slices(len(states), self._vocabulary):
             part = states[chunk].detach().requires_grad_(wants)
-            found = terms(self._head(part), chunk)
-            totals = {name: total + found[name].detach() for name, total in totals.items()}
-            if wants or self._leaves:
-                loss = sum(weight * found[name] for name, weight in weights.items())
-                self._differentiate(loss, part, gradient[chunk] if wants else None)
-        if wants:
-            self._of_states.append((states, gradient))
-        self._total = self._total.to(states.device)
-        self._total += sum(weight * totals[name] for name, weight in weights.items())
-        return totals
+            found = self._chunk(part, _within(sections, chunk), totals)
+            if wants:
+                gradient[chunk] = found
+        loss = sum((self._weighted(own) for own in totals), zero)
+        pairs = [(states, gradient)] if wants else []
+        pairs += zip(self._of_head, self._slopes, strict=True)
+        return _Known.apply(loss, *(tensor for pair in pairs for tensor in pair)), totals
 
-    def _differentiate(self, loss: Tensor, part: Tensor, gradient: Tensor | None) -> None:
-        inputs = self._leaves if gradient is None else [part, *self._leaves]
-        found = list(torch.autograd.grad(loss, inputs))
-        if gradient is not None:
-            gradient.copy_(found.pop(0))
-        for (_, total), value in zip(self._of_head, found, strict=True):
-            total += value
+    def _chunk(
+        self,
+        states: Tensor,
+        parts: Iterator[tuple[int, Section, slice, slice]],
+        totals: list[dict[str, Tensor]],
+    ) -> Tensor | None:
+        """Adds a chunk's terms and the head's gradients; returns those of the states."""
+        logits = self._head(states)
+        slope = torch.empty_like(logits) if logits.requires_grad else None
+        for number, section, own, place in parts:
+            teacher = section.teach(own)
+            for piece in slices(len(teacher), self._vocabulary, piece_of(states.device)):
+                here = slice(place.start + piece.start, place.start + piece.stop)
+                student = logits[here].detach().requires_grad_(slope is not None)
+                terms = section.compare(student, teacher[piece])
+                for name in self._weights:
+                    totals[number][name] = totals[number][name] + terms[name].detach()
+                if slope is not None:
+                    (slope[here],) = torch.autograd.grad(self._weighted(terms), student)
+        return None if slope is None else self._differentiate(logits, slope, states)
 
-    def loss(self) -> Tensor:
-        """The sum of all that was added; differentiable."""
-        pairs = [*self._of_states, *self._of_head]
-        return _Known.apply(self._total, *(tensor for pair in pairs for tensor in pair))
+    def _weighted(self, terms: Terms) -> Tensor:
+        return sum(weight * terms[name] for name, weight in self._weights.items())
+
+    def _differentiate(self, logits: Tensor, slope: Tensor, states: Tensor) -> Tensor | None:
+        inputs = [*([states] if states.requires_grad else []), *self._leaves]
+        found = list(torch.autograd.grad(logits, inputs, slope))
+        of_states = found.pop(0) if states.requires_grad else None
+        if self._slopes:
+            for total, value in zip(self._slopes, found, strict=True):
+                total += value
+        else:  # many chunks are added up, so in float32 at least
+            self._slopes = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in found]
+        return of_states
+
+
+def _within(
+    sections: Sequence[Section], chunk: slice
+) -> Iterator[tuple[int, Section, slice, slice]]:
+    """The sections that have tokens in a chunk of all, by number: which of theirs, and where."""
+    begin = 0
+    for number, section in enumerate(sections):
+        end = begin + sum(map(len, section.states))
+        first, last = max(begin, chunk.start), min(end, chunk.stop)
+        if first < last:
+            own = slice(first - begin, last - begin)
+            yield number, section, own, slice(first - chunk.start, last - chunk.start)
+        begin = end
 
 
 class _Known(torch.autograd.Function):

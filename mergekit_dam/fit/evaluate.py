@@ -11,7 +11,7 @@ from mergekit_dam import losses
 from mergekit_dam.coefficients import Figures
 from mergekit_dam.data import Row, together
 from mergekit_dam.fit.batches import batch
-from mergekit_dam.fit.chunks import slices
+from mergekit_dam.fit.chunks import piece_of, slices
 from mergekit_dam.fit.objective import among, row_states
 from mergekit_dam.model import Head, MergedModel
 
@@ -88,17 +88,21 @@ def sums(
     found = torch.zeros(4, dtype=torch.float64)
     for chunk in slices(len(targets), vocabulary):
         logits = [head(part[chunk]) for head, part in zip(heads, (student, teacher), strict=True)]
-        student_logits, teacher_logits = among(logits, known)
-        count = len(student_logits)
-        found += torch.stack(
-            [
-                losses.kl(student_logits, teacher_logits) * count,
-                F.cross_entropy(student_logits.float(), targets[chunk], reduction="sum"),
-                F.cross_entropy(teacher_logits.float(), targets[chunk], reduction="sum"),
-                (student_logits.argmax(-1) == teacher_logits.argmax(-1)).sum(),
-            ]
-        ).cpu()
+        for piece in slices(len(logits[0]), vocabulary, piece_of(student.device)):
+            some = among([part[piece] for part in logits], known)
+            found += _sums(*some, targets[chunk][piece]).cpu()
     return len(targets), found
+
+
+def _sums(student: Tensor, teacher: Tensor, targets: Tensor) -> Tensor:  # of logits
+    return torch.stack(
+        [
+            losses.kl(student, teacher) * len(student),
+            F.cross_entropy(student.float(), targets, reduction="sum"),
+            F.cross_entropy(teacher.float(), targets, reduction="sum"),
+            (student.argmax(-1) == teacher.argmax(-1)).sum(),
+        ]
+    )
 
 
 def perplexity(nll: float) -> float:

@@ -68,6 +68,7 @@ class Outline:
             dtype,
             work,
             settings.objective,
+            device=self.device,
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
             trust_remote_code=trust_remote_code,

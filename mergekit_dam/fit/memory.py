@@ -7,7 +7,7 @@ import torch
 from transformers import PretrainedConfig
 
 from mergekit_dam.config.settings import Objective
-from mergekit_dam.fit.chunks import slices
+from mergekit_dam.fit import chunks
 from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
@@ -30,8 +30,8 @@ class Needs:
     blocks: int  # the merged weights of all blocks but embedding and head
     block: int  # of the largest of them
     matrix: int  # its largest tensor
-    head: int = 0  # the head's merged weights, and their gradients in float32
-    losses: int = 0  # of a chunk of tokens, from the logits to their gradients
+    head: int = 0  # the head's merged weights
+    losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
@@ -62,6 +62,7 @@ def needs(
     work: Workload,
     objective: Objective,
     *,
+    device: str,
     coefficients: int,  # how many are trained
     optimizer: tuple[int, int],  # see `optimizer.memory`
     trust_remote_code: bool,
@@ -81,11 +82,8 @@ def needs(
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
-        head=vocabulary * width * (dtype.itemsize + 4),
-        losses=max(
-            _longest_chunk(work.widest, vocabulary) * vocabulary * _of_a_logit(objective, dtype),
-            vocabulary * width * dtype.itemsize,  # the gradient that a chunk adds to the head's
-        ),
+        head=vocabulary * width * dtype.itemsize,
+        losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
         coefficients=3 * 4 * coefficients,
         optimizer=optimizer[0],
         update=max(optimizer[1], 5 * 4 * coefficients),
@@ -93,20 +91,40 @@ def needs(
     )
 
 
-def _longest_chunk(tokens: int, vocabulary: int) -> int:
-    chunk = next(slices(tokens, vocabulary))
+def _at_head(
+    work: Workload,
+    vocabulary: int,
+    width: int,
+    dtype: torch.dtype,
+    objective: Objective,
+    device: torch.device,
+) -> int:
+    """Of a chunk of tokens: its logits and their gradients, and beside them what the terms make of
+    a piece of one source's, or the gradient that it adds to the head's."""
+    tokens, weights, size = sum(work.largest), vocabulary * width, dtype.itemsize
+    chunk = _longest(tokens, vocabulary, chunks.CHUNK)
+    section = min(chunk, work.widest)
+    piece = _longest(section, vocabulary, chunks.piece_of(device))
+    is_sum = chunk < tokens  # of several chunks' gradients
+    terms = vocabulary * (section * size + piece * _of_a_logit(objective, dtype))
+    added = weights * size if is_sum or size < 4 else 0
+    return 2 * chunk * vocabulary * size + max(terms + 4 * weights * is_sum, 4 * weights + added)
+
+
+def _longest(tokens: int, vocabulary: int, numbers: int) -> int:
+    """Tokens of a chunk of so many numbers at most."""
+    chunk = next(chunks.slices(tokens, vocabulary, numbers))
     return chunk.stop - chunk.start
 
 
 def _of_a_logit(objective: Objective, dtype: torch.dtype) -> int:
-    """Bytes for each number of a chunk's logits while their gradients are computed: the merge's
-    and the source's, and what the terms make of them in float32. The last term is differentiated
-    first."""
+    """Bytes for each number of a piece's logits while their gradients are computed: what the terms
+    make of them in float32, and the gradient. The last term is differentiated first."""
     most, kept = 0, 0
     for name, (working, saved) in COPIES.items():
         if getattr(objective, name):
             most, kept = max(most, kept + working), kept + saved
-    return 2 * dtype.itemsize + 4 * most
+    return dtype.itemsize + 4 * most
 
 
 def free_memory(device: str) -> int:

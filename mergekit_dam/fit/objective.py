@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mergekit_dam import losses
 from mergekit_dam.config.settings import COMPARISONS, Objective
 from mergekit_dam.fit.batches import groups
-from mergekit_dam.fit.chunks import ChunkedLoss, Terms
+from mergekit_dam.fit.chunks import ChunkedLoss, Section
 from mergekit_dam.formula import alignment
 from mergekit_dam.model import MergedModel, View
 
@@ -56,13 +56,22 @@ class Distillation(nn.Module):
             source: [r for r, owner in enumerate(owners) if owner == source] for source in counts
         }
         student, taught = self._states(own, input_ids, lengths, starts)
-        distilled = ChunkedLoss(self.merged.head(), self.merged.vocabulary)
-        for source, rows in own.items():
-            compare = self._comparison(source, counts[source], torch.cat(taught[source]))
-            part = torch.cat([student[row] for row in rows])
-            found = distilled.add(part, compare, self._weights)
-            terms |= {f"{name}_{source + 1}": term for name, term in found.items()}
-        return {"loss": loss + distilled.loss(), **terms}
+        sections = {
+            source: self._section(
+                source,
+                counts[source],
+                [student[row] for row in rows],
+                torch.cat(taught[source]),
+            )
+            for source, rows in own.items()
+        }
+        if sections:
+            distil = ChunkedLoss(self.merged.head(), self.merged.vocabulary, self._weights)
+            distilled, found = distil(list(sections.values()))
+            loss = loss + distilled
+            for source, of_source in zip(sections, found, strict=True):
+                terms |= {f"{name}_{source + 1}": term for name, term in of_source.items()}
+        return {"loss": loss, **terms}
 
     def _states(
         self, own: Mapping[int, list[int]], *inputs: Tensor
@@ -78,21 +87,25 @@ class Distillation(nn.Module):
         return student, {**taught, **dict(zip(live, found, strict=True))}
 
     @torch.no_grad()
-    def _comparison(self, source: int, count: float, states: Tensor) -> Terms:
-        """The terms of one source, whose states are given: sums over tokens, divided by `count`."""
+    def _section(
+        self, source: int, count: float, student: Sequence[Tensor], teacher: Tensor
+    ) -> Section:
+        """The tokens of one source, of which there are `count` in all, with the states that merge
+        and source have there: terms are sums over tokens, divided by that."""
         head = self.merged.head(source)
 
-        def terms(student: Tensor, chunk: slice) -> dict[str, Tensor]:
-            with torch.no_grad():
-                teacher = head(states[chunk])
+        @torch.no_grad()
+        def teach(some: slice) -> Tensor:
+            return head(teacher[some])
+
+        def compare(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
+            share, temperature = len(student) / count, self._objective.temperature
             student, teacher = among((student, teacher), self._known.get(source))
-            share = len(student) / count
-            temperature = self._objective.temperature
             return {
                 name: share * LOSSES[name](student, teacher, temperature) for name in self._weights
             }
 
-        return terms
+        return Section(student, teach, compare)
 
     def _regularise(self) -> tuple[Tensor, dict[str, Tensor]]:
         trained = self.merged.regularised()

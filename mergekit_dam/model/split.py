@@ -58,7 +58,7 @@ class Split:
         return outputs[0]
 
     def logits(self, states: Tensor) -> Tensor:  # [tokens, width] -> [tokens, vocabulary]
-        return states if self.is_whole else self._tail(states[None])[0]
+        return states if self.is_whole else self._tail(states[None]).squeeze(0)
 
     def in_head(self, module: nn.Module) -> bool:
         """Whether a module belongs to the second part."""
