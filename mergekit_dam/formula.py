@@ -164,15 +164,9 @@ def _combine(
     for factors, own, dtype, given in zip(coefficients, inputs, dtypes, stored, strict=True):
         sources = own.parts[0]
         merged = torch.empty_like(sources[0], dtype=given)
-        for part in pieces(merged):
-            _combine_part(
-                cut(merged, part),
-                [cut(c, part) for c in factors],
-                [cut(source, part) for source in sources],
-                None if own.base is None else cut(own.base, part),
-                dtype,
-                own.prepared is not None,
-            )
+        count, is_prepared = len(sources), own.prepared is not None
+        for out, base, *parts in in_pieces(merged, own.base, *factors, *sources):
+            _combine_part(out, parts[:count], parts[count:], base, dtype, is_prepared)
         made.append(merged)
     return made
 
@@ -189,20 +183,19 @@ def _gradient(
 def _gradient_of_one(
     gradient: Tensor, sources: Sequence[Tensor], base: Tensor | None, shape: Sequence[int]
 ) -> Tensor:  # [N, *B], which is `shape`
-    parts, accumulator = list(pieces(gradient)), _accumulator(sources)
+    parts, accumulator = list(in_pieces(gradient, base, *sources)), _accumulator(sources)
     # Rows that share coefficients are first added up part to part, in one pass over each source.
     is_shared = len(parts) > 1 and gradient.dim() == 2 and shape[1] == 1
-    each = cut(gradient, parts[0]).shape if is_shared else shape[1:]
+    each = parts[0][0].shape if is_shared else shape[1:]
     sums = torch.zeros(len(sources), *each, dtype=accumulator, device=gradient.device)
-    for part in parts:
-        outer = cut(gradient, part).to(accumulator)
-        subtracted = None if base is None else cut(base, part)
-        for total, source in zip(sums, sources, strict=True):
-            difference = _difference(cut(source, part), subtracted)
+    places = [sums] * len(parts) if is_shared else [p[1:] for p in in_pieces(gradient, *sums)]
+    for (outer, subtracted, *own), totals in zip(parts, places, strict=True):
+        outer = outer.to(accumulator)
+        for total, source in zip(totals, own, strict=True):
+            difference = _difference(source, subtracted)
             if is_shared:
                 total[: len(outer)].addcmul_(outer, difference)
             else:
-                total = cut(total, part)
                 total += (outer * difference).sum_to_size(total.shape)
     return torch.stack([total.sum_to_size(tuple(shape[1:])) for total in sums])
 
@@ -233,29 +226,24 @@ def _combine_part(
         out.copy_(merged)
 
 
-def pieces(whole: Tensor) -> Iterator[tuple[slice | int, ...]]:
-    """Rows of a tensor, as many as are worked on at a time."""
-    most = CACHED if whole.device.type == "cpu" else PASSING
+def in_pieces(whole: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
+    """Rows of a tensor, and of those of its shape or broadcast to it, as many as are worked on at a
+    time; views."""
+    most, tensors = CACHED if whole.device.type == "cpu" else PASSING, (whole, *others)
     if whole.numel() <= most or whole.dim() < 2:
-        yield ()
+        yield tensors
         return
     row = whole.numel() // len(whole)
     if row > most and whole.dim() > 2:  # a stack of matrices
         for index in range(len(whole)):
-            yield from ((index, *part) for part in pieces(whole[index]))
+            yield from in_pieces(*(t if t is None else t[min(index, len(t) - 1)] for t in tensors))
         return
-    step = max(1, most // row)
-    for start in range(0, len(whole), step):
-        yield (slice(start, start + step),)
-
-
-def cut(tensor: Tensor, part: tuple[slice | int, ...]) -> Tensor:
-    """A part of a tensor, or what is broadcast to it; a view."""
-    for axis in part:
-        if len(tensor) == 1:
-            axis = 0 if isinstance(axis, int) else slice(None)
-        tensor = tensor[axis]
-    return tensor
+    size = max(1, most // row)
+    count = -(-len(whole) // size)
+    yield from zip(
+        *([t] * count if t is None or len(t) < len(whole) else t.split(size) for t in tensors),
+        strict=True,
+    )
 
 
 def alignment(
@@ -263,11 +251,9 @@ def alignment(
 ) -> Tensor:  # B
     """Cosine of D_i and D_j over the axes that B sums up: of their columns, for `column`."""
     sums = torch.zeros(3, *shape, device=first.device)
-    for piece in pieces(first):
-        subtracted = None if base is None else cut(base, piece)
-        d, e = (_difference(cut(source, piece), subtracted).float() for source in (first, second))
-        for total, product in zip(sums, (d * e, d * d, e * e), strict=True):
-            own = cut(total, piece)
-            own += product.sum_to_size(own.shape)
+    for one, other, subtracted, *totals in in_pieces(first, second, base, *sums):
+        d, e = (_difference(source, subtracted).float() for source in (one, other))
+        for total, product in zip(totals, (d * e, d * d, e * e), strict=True):
+            total += product.sum_to_size(total.shape)
     dot, dd, ee = sums
     return dot / (dd * ee).sqrt().clamp_min(torch.finfo(torch.float32).tiny)

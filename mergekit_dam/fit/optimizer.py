@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.config.settings import Basis
-from mergekit_dam.formula import cut, pieces
+from mergekit_dam.formula import in_pieces
 from mergekit_dam.model import MergedModel, Stack
 
 STEP = 0.05  # relative to what the sources of a tensor differ in
@@ -153,12 +153,13 @@ def _sizes(
 ) -> tuple[float, float]:
     """Root mean squares: of the parts' distances from Σ share × other, and of that sum."""
     distances, middles = 0.0, 0.0
-    for piece in pieces(parts[0]):  # whole tensors in float32 would take more than a step
+    # Whole tensors in float32 would take more than a step.
+    for some in in_pieces(*parts, *others):
         middle = torch.zeros((), device=parts[0].device)
-        for share, other in zip(shares, others, strict=True):
+        for share, other in zip(shares, some[len(parts) :], strict=True):
             if share:
-                middle = middle + share * cut(other, piece).float()
-        apart = ((cut(part, piece).float() - middle).square().sum().item() for part in parts)
+                middle = middle + share * other.float()
+        apart = ((part.float() - middle).square().sum().item() for part in some[: len(parts)])
         distances, middles = distances + sum(apart), middles + middle.square().sum().item()
     count = parts[0].numel()
     return (distances / len(parts) / count) ** 0.5, (middles / count) ** 0.5
