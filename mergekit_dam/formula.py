@@ -88,9 +88,7 @@ def combine_all(
     for own, c in zip(inputs, coefficients, strict=True):
         if len(c) != len(own.sources):
             raise ValueError(f"{len(c)} coefficients for {len(own.sources)} sources")
-    again = again or (
-        lambda some: inputs if len(some) == len(inputs) else [inputs[n] for n in some]
-    )
+    again = again or functools.partial(_some, inputs)
     given = [stored or dtype for dtype in dtypes]
     return _Combine.apply(inputs, dtypes, given, again, *coefficients)
 

@@ -120,7 +120,7 @@ def test_so_does_one_whose_terms_are_made_of_a_whole_chunk(recipe, tmp_path, mon
     compare(recipe, tmp_path, name, {})
 
 
-@pytest.mark.parametrize("name", ["activations", "depth"])
+@pytest.mark.parametrize("name", ["activations", "depth", "vocabulary", "head"])
 @pytest.mark.parametrize(
     "dtype, computed",
     [("bfloat16", "float32"), ("float16", "bfloat16"), ("float32", "bfloat16")],

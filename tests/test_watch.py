@@ -24,6 +24,7 @@ RESTLESS = {
     "warmup": 0.0,
     "learning_rate": 1.0,
     "max_grad_norm": 0,
+    "seed": 2,
     "evaluate_every": 2,
     "checkpoint_every": 2,
 }
@@ -46,7 +47,7 @@ def test_a_fit_ends_with_the_best_of_its_evaluations(recipe, models, tmp_path: P
     assert mean_kl(results.fit) == min(curve)
     unwatched = fitted(recipe(models, dam={**RESTLESS, "evaluate_every": None}), tmp_path / "u")
     assert mean_kl(results.fit) < mean_kl(unwatched.header.results.fit)
-    again = recipe(models, dam={"steps": 0, "start": str(tmp_path / "a")})
+    again = recipe(models, dam={"steps": 0, "start": str(tmp_path / "a"), "seed": RESTLESS["seed"]})
     assert fitted(again, tmp_path / "b").header.results.fit == results.fit
 
 
@@ -77,24 +78,28 @@ def test_a_fit_that_gets_no_better_stops(recipe, models, tmp_path: Path) -> None
     assert curve.index(min(curve)) == len(curve) - 3
 
 
-@pytest.mark.parametrize("has_best", [True, False])
-def test_killed_after_it_stopped_it_ends_the_same(
-    recipe: Callable, models, tmp_path: Path, monkeypatch, has_best: bool
-) -> None:
-    """The last checkpoint is that of the last step."""
-    path = recipe(models, dam={**RESTLESS, "patience": 2})
-    fitted(path, tmp_path / "whole")
-    whole = (tmp_path / "whole").read_bytes()
-    broken = tmp_path / "broken"
+def killed_at_the_end(path: Path, out: Path) -> Path:
+    """A fit that all but wrote its file; returns the folder that it left."""
 
     def killed(*_) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stage.files, "save", killed)
         with pytest.raises(KeyboardInterrupt):
-            fitted(path, broken)
-    folder = Path(f"{broken}.fit")
+            fitted(path, out)
+    return Path(f"{out}.fit")
+
+
+@pytest.mark.parametrize("has_best", [True, False])
+def test_killed_after_it_stopped_it_ends_the_same(
+    recipe: Callable, models, tmp_path: Path, has_best: bool
+) -> None:
+    """The last checkpoint is that of the last step."""
+    path = recipe(models, dam={**RESTLESS, "patience": 2})
+    fitted(path, tmp_path / "whole")
+    whole, broken = (tmp_path / "whole").read_bytes(), tmp_path / "broken"
+    folder = killed_at_the_end(path, broken)
     if not has_best:  # a damaged file: the last checkpoint alone is left
         (folder / BEST).write_bytes(b"damaged")
     assert (folder / BEST).exists()
@@ -103,6 +108,16 @@ def test_killed_after_it_stopped_it_ends_the_same(
         assert broken.read_bytes() == whole
     assert mean_kl(resumed.header.results.fit) < mean_kl(resumed.header.results.average)
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("every", [None, 2])
+def test_killed_after_its_last_step_it_makes_no_other(recipe, models, tmp_path, every) -> None:
+    path = recipe(models, dam={**RESTLESS, "evaluate_every": every})
+    fitted(path, tmp_path / "whole")
+    killed_at_the_end(path, tmp_path / "broken")
+    resumed = fitted(path, tmp_path / "broken", resume=True)
+    assert resumed.header.results.history[-1].step == RESTLESS["steps"]
+    assert (tmp_path / "broken").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_patience_needs_evaluations(recipe, models) -> None:

@@ -52,26 +52,25 @@ class ChunkedLoss:
 
     def __init__(self, head: Head, vocabulary: int, weights: Mapping[str, float]):  # of the terms
         self._head, self._vocabulary, self._weights = head, vocabulary, weights
-        trained = head.trained() if torch.is_grad_enabled() else []
-        self._leaves = [leaf for _, leaf in trained]
-        self._of_head = [weight for weight, _ in trained]
-        self._slopes: list[Tensor] = []  # their gradients
+        self._trained = head.trained() if torch.is_grad_enabled() else []
 
     def __call__(self, sections: Sequence[Section]) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """The loss, differentiable, and each section's terms, without gradients."""
         states = torch.cat([part for section in sections for part in section.states])
         wants = states.requires_grad and torch.is_grad_enabled()
         gradient = torch.empty_like(states) if wants else None
-        zero = torch.zeros((), device=states.device)
+        zero, of_head = torch.zeros((), device=states.device), []
         totals = [dict.fromkeys(self._weights, zero) for _ in sections]
         for chunk in slices(len(states), self._vocabulary):
             part = states[chunk].detach().requires_grad_(wants)
             found = self._chunk(part, _within(sections, chunk), totals)
             if wants:
-                gradient[chunk] = found
+                gradient[chunk] = found.pop(0)
+            of_head = _added(of_head, found)
         loss = sum((self._weighted(own) for own in totals), zero)
         pairs = [(states, gradient)] if wants else []
-        pairs += zip(self._of_head, self._slopes, strict=True)
+        if of_head:
+            pairs += zip((weight for weight, _ in self._trained), of_head, strict=True)
         return _Known.apply(loss, *(tensor for pair in pairs for tensor in pair)), totals
 
     def _chunk(
@@ -79,35 +78,48 @@ class ChunkedLoss:
         states: Tensor,
         parts: Iterator[tuple[int, Section, slice, slice]],
         totals: list[dict[str, Tensor]],
-    ) -> Tensor | None:
-        """Adds a chunk's terms and the head's gradients; returns those of the states."""
+    ) -> list[Tensor]:
+        """Adds a chunk's terms; returns the gradients of the states and of the head's weights,
+        those that are wanted."""
         logits = self._head(states)
         slope = torch.empty_like(logits) if logits.requires_grad else None
         for number, section, own, place in parts:
-            teacher = section.teach(own)
-            for piece in slices(len(teacher), self._vocabulary, piece_of(states.device)):
-                here = slice(place.start + piece.start, place.start + piece.stop)
-                student = logits[here].detach().requires_grad_(slope is not None)
-                terms = section.compare(student, teacher[piece])
-                for name in self._weights:
-                    totals[number][name] = totals[number][name] + terms[name].detach()
-                if slope is not None:
-                    (slope[here],) = torch.autograd.grad(self._weighted(terms), student)
-        return None if slope is None else self._differentiate(logits, slope, states)
+            part = None if slope is None else slope[place]
+            self._section(section, own, logits[place].detach(), part, totals[number])
+        if slope is None:
+            return []
+        inputs = [states] if states.requires_grad else []
+        inputs += [leaf for _, leaf in self._trained]
+        return list(torch.autograd.grad(logits, inputs, slope))
+
+    def _section(
+        self,
+        section: Section,
+        own: slice,  # which of its tokens
+        logits: Tensor,
+        slope: Tensor | None,  # is filled in
+        totals: dict[str, Tensor],
+    ) -> None:
+        teacher = section.teach(own)
+        for piece in slices(len(teacher), self._vocabulary, piece_of(logits.device)):
+            student = logits[piece].detach().requires_grad_(slope is not None)
+            terms = section.compare(student, teacher[piece])
+            for name in self._weights:
+                totals[name] = totals[name] + terms[name].detach()
+            if slope is not None:
+                (slope[piece],) = torch.autograd.grad(self._weighted(terms), student)
 
     def _weighted(self, terms: Terms) -> Tensor:
         return sum(weight * terms[name] for name, weight in self._weights.items())
 
-    def _differentiate(self, logits: Tensor, slope: Tensor, states: Tensor) -> Tensor | None:
-        inputs = [*([states] if states.requires_grad else []), *self._leaves]
-        found = list(torch.autograd.grad(logits, inputs, slope))
-        of_states = found.pop(0) if states.requires_grad else None
-        if self._slopes:
-            for total, value in zip(self._slopes, found, strict=True):
-                total += value
-        else:  # many chunks are added up, so in float32 at least
-            self._slopes = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in found]
-        return of_states
+
+def _added(totals: list[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of many chunks are added up, so in float32 at least."""
+    if not totals:
+        return [v.to(torch.promote_types(v.dtype, torch.float32)) for v in values]
+    for total, value in zip(totals, values, strict=True):
+        total += value
+    return totals
 
 
 def _within(

@@ -69,6 +69,7 @@ class Outline:
             work,
             settings.objective,
             device=self.device,
+            is_cast=shapes.dtypes() != {dtype},
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
             trust_remote_code=trust_remote_code,

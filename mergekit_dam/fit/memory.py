@@ -30,7 +30,7 @@ class Needs:
     blocks: int  # the merged weights of all blocks but embedding and head
     block: int  # of the largest of them
     matrix: int  # its largest tensor
-    head: int = 0  # the head's merged weights
+    head: int = 0  # the head's merged weights, and a source's where they are a copy
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
@@ -63,6 +63,7 @@ def needs(
     objective: Objective,
     *,
     device: str,
+    is_cast: bool,  # the passes are in another dtype than the sources
     coefficients: int,  # how many are trained
     optimizer: tuple[int, int],  # see `optimizer.memory`
     trust_remote_code: bool,
@@ -82,7 +83,7 @@ def needs(
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
-        head=vocabulary * width * dtype.itemsize,
+        head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
         coefficients=3 * 4 * coefficients,
         optimizer=optimizer[0],

@@ -12,7 +12,7 @@ from mergekit_dam.config.settings import COMPARISONS, Objective
 from mergekit_dam.fit.batches import groups
 from mergekit_dam.fit.chunks import ChunkedLoss, Section
 from mergekit_dam.formula import alignment
-from mergekit_dam.model import MergedModel, View
+from mergekit_dam.model import Head, MergedModel, View
 
 LOSSES = {name: getattr(losses, name) for name in COMPARISONS}
 
@@ -56,20 +56,18 @@ class Distillation(nn.Module):
             source: [r for r, owner in enumerate(owners) if owner == source] for source in counts
         }
         student, taught = self._states(own, input_ids, lengths, starts)
-        sections = {
-            source: self._section(
-                source,
-                counts[source],
-                [student[row] for row in rows],
-                torch.cat(taught[source]),
+        heads = _Heads(self.merged)
+        sections = [
+            self._section(
+                heads, source, counts[source], [student[r] for r in rows], torch.cat(taught[source])
             )
             for source, rows in own.items()
-        }
+        ]
         if sections:
             distil = ChunkedLoss(self.merged.head(), self.merged.vocabulary, self._weights)
-            distilled, found = distil(list(sections.values()))
+            distilled, found = distil(sections)
             loss = loss + distilled
-            for source, of_source in zip(sections, found, strict=True):
+            for source, of_source in zip(own, found, strict=True):
                 terms |= {f"{name}_{source + 1}": term for name, term in of_source.items()}
         return {"loss": loss, **terms}
 
@@ -86,17 +84,19 @@ class Distillation(nn.Module):
         student, *found = row_states(self.merged, *inputs, views)
         return student, {**taught, **dict(zip(live, found, strict=True))}
 
-    @torch.no_grad()
     def _section(
-        self, source: int, count: float, student: Sequence[Tensor], teacher: Tensor
+        self,
+        heads: "_Heads",
+        source: int,
+        count: float,  # of its tokens, over all processes
+        student: Sequence[Tensor],  # the merge's states, and the source's [tokens, width]
+        teacher: Tensor,
     ) -> Section:
-        """The tokens of one source, of which there are `count` in all, with the states that merge
-        and source have there: terms are sums over tokens, divided by that."""
-        head = self.merged.head(source)
+        """Terms are sums over tokens, divided by `count`."""
 
-        @torch.no_grad()
         def teach(some: slice) -> Tensor:
-            return head(teacher[some])
+            with torch.no_grad():
+                return heads.of(source)(teacher[some])
 
         def compare(student: Tensor, teacher: Tensor) -> dict[str, Tensor]:
             share, temperature = len(student) / count, self._objective.temperature
@@ -119,6 +119,19 @@ class Distillation(nn.Module):
                 loss = loss + weight * term
                 terms[name] = term.detach()
         return loss, terms
+
+
+class _Heads:
+    """The sources' heads, of which one is there at a time: it may be a copy, in another dtype."""
+
+    def __init__(self, merged: MergedModel):
+        self._merged, self._source, self._head = merged, None, None
+
+    def of(self, source: int) -> Head:
+        if source != self._source:
+            self._head = None  # goes before the next comes
+            self._source, self._head = source, self._merged.head(source)
+        return self._head
 
 
 def among(logits: Sequence[Tensor], known: Tensor | None) -> Sequence[Tensor]:

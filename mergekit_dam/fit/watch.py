@@ -5,8 +5,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mergekit_dam.coefficients import Figures, HeldOut
 from mergekit_dam.config import Settings
@@ -78,7 +80,7 @@ class Watch(TrainerCallback):
         self._start = start
         if self._every and checkpoint is None:
             self._best.offer(start)
-        if self._patience and self._best.is_known and checkpoint and self._had_ended(checkpoint):
+        if checkpoint and self._had_ended(checkpoint):
             return
         if self._every:
             self._trainer.add_callback(self)
@@ -109,12 +111,15 @@ class Watch(TrainerCallback):
         return bool(curve) and len(curve) - 1 - curve.index(min(curve)) >= self._patience
 
     def _had_ended(self, checkpoint: str) -> bool:
-        """Whether the fit was killed after the step with which it stopped."""
+        """Whether the fit was killed after its last step, or the one with which it stopped. All is
+        then as it was there; the Trainer would make one step more."""
         earlier = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
         before, self._trainer.state = self._trainer.state, earlier
-        if not self._is_stuck():
+        has_stopped = self._patience and self._best.is_known and self._is_stuck()
+        if earlier.global_step < earlier.max_steps and not has_stopped:
             self._trainer.state = before
             return False
+        self._trainer.model.load_state_dict(load_file(Path(checkpoint) / SAFE_WEIGHTS_NAME))
         return True
 
 

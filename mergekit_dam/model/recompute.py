@@ -6,6 +6,7 @@
 """
 
 import contextlib
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -39,42 +40,58 @@ def _without_activations(block: Block, calls: Sequence[tuple[tuple, dict]]) -> s
     millisecond more for a block: longer than a GPU computes a short step's.
     """
     activations = _Activations(block, calls)
-    return saved_tensors_hooks(activations.number, activations.of)
+    return saved_tensors_hooks(activations.place, activations.of)
+
+
+class _Place:
+    """What autograd keeps in a tensor's place."""
+
+    __slots__ = ("__weakref__", "number", "shape")
+
+    def __init__(self, number: int, shape: torch.Size):
+        self.number, self.shape = number, shape
 
 
 class _Activations:
     """What autograd saves of a block's calls, made again when it is asked for, and given away."""
 
     def __init__(self, block: Block, calls: Sequence[tuple[tuple, dict]]):
-        self._block, self._calls, self._count = block, calls, 0
+        self._block, self._calls = block, calls
+        self._places: list[weakref.ref[_Place]] = []  # some die: of results that nothing used
         self._made: dict[int, Tensor] = {}
+        self._seen = 0  # when they are made again
 
-    def number(self, saved: Tensor) -> int:
-        self._count += 1
-        return self._count - 1
+    def place(self, saved: Tensor) -> _Place:
+        place = _Place(len(self._places), saved.shape)
+        self._places.append(weakref.ref(place))
+        return place
 
-    def of(self, number: int) -> Tensor:
-        if number not in self._made:
+    def of(self, place: _Place) -> Tensor:
+        if place.number not in self._made:
             self._make()
-        return self._made.pop(number)
+        return self._made.pop(place.number)
 
     def _make(self) -> None:
-        self._made = {}
-        with contextlib.suppress(_Enough), torch.enable_grad(), self._keeping():
+        self._made, self._seen = {}, 0
+        hooks = saved_tensors_hooks(self._keep, lambda nothing: nothing)
+        with contextlib.suppress(_Enough), torch.enable_grad(), hooks:
             self._block.run_each(self._calls)
-        if len(self._made) != self._count:
+        self._require(self._seen == len(self._places))
+
+    def _keep(self, saved: Tensor) -> None:
+        place, self._seen = self._places[self._seen](), self._seen + 1
+        if place is not None:
+            self._require(place.shape == saved.shape)
+            self._made[place.number] = saved.detach()
+        if self._seen == len(self._places):
+            raise _Enough
+
+    def _require(self, is_same: bool) -> None:
+        if not is_same:
             raise DamError(
                 f"{self._block.path} of the model does something else each time it runs, so its "
                 "activations cannot be made again: set `dam.recompute: weights`."
             )
-
-    def _keeping(self) -> saved_tensors_hooks:
-        def keep(saved: Tensor) -> None:
-            self._made[len(self._made)] = saved.detach()
-            if len(self._made) == self._count:
-                raise _Enough
-
-        return saved_tensors_hooks(keep, lambda nothing: nothing)
 
 
 class _Enough(Exception):
