@@ -1,5 +1,7 @@
 """The loss over chunks of tokens against the loss over all logits at once."""
 
+import weakref
+
 import pytest
 import tiny
 import torch
@@ -116,6 +118,26 @@ def test_only_predicted_positions_reach_the_head_a_few_at_a_time(
         seen.clear()
         evaluate(merged, [source.held_out for source in fit.data], 60, 30)
     assert max(seen) <= 3
+
+
+def test_one_sources_head_is_there_at_a_time(make, in_small_chunks, monkeypatch):
+    """Where the passes are in another dtype, a head is a copy of the vocabulary's size."""
+    merged, alive, most = make("llama").merged, [], []
+    distil = Distillation(merged, Objective())
+    head = merged.head
+
+    def counting(view=None):
+        if view is not None:
+            most.append(sum(reference() is not None for reference in alive))
+        made = head(view)
+        if view is not None:
+            alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(merged, "head", counting)
+    distil(**batch(ROWS, SOURCES))["loss"].backward()
+    assert most == [0, 0]  # once for each source, though chunks go through both
+    assert not any(reference() for reference in alive)
 
 
 def test_held_out_figures_do_not_depend_on_the_chunks(make, monkeypatch):

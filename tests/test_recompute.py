@@ -14,7 +14,7 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.model import weights
+from mergekit_dam.model import recompute, weights
 from mergekit_dam.model.activations import measure
 
 QUIET = MergeOptions(quiet=True)
@@ -61,6 +61,42 @@ def test_a_block_that_does_something_else_again_is_told(make):
     layer.forward = lambda hidden, *args, **kwargs: hidden
     with pytest.raises(DamError, match=r"model.layers.1 .*`dam.recompute: weights"):
         loss.backward()
+
+
+class Lavish:
+    """A block that makes what nothing uses, and something smaller each time, if it is to."""
+
+    path = "a block"
+
+    def __init__(self, *, is_steady: bool):
+        self._is_steady, self._runs = is_steady, 0
+
+    def run_each(self, calls):
+        self._runs += 1
+        x = calls[: None if self._is_steady else len(calls) - self._runs]
+        x.exp()
+        return x.sin().sum()
+
+
+@pytest.mark.parametrize("is_steady", [True, False])
+def test_what_nothing_used_is_not_made_again(is_steady):
+    x = torch.rand(5, requires_grad=True)
+    block = Lavish(is_steady=is_steady)
+    activations = recompute._Activations(block, x)
+    places, of = [], activations.of
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        activations.place, lambda place: places.append(place) or of(place)
+    )
+    with hooks:
+        out = block.run_each(x)
+    if is_steady:
+        out.backward()
+        torch.testing.assert_close(x.grad, x.detach().cos())
+        assert [place.number for place in places] == [1]  # the second that was saved
+        assert not activations._made
+    else:
+        with pytest.raises(DamError, match="something else each time"):
+            out.backward()
 
 
 @pytest.mark.parametrize("mode", MODES)

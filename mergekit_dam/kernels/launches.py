@@ -69,7 +69,7 @@ class Placed:
         others: Sequence[torch.dtype],  # of the weights as they are stored
         written: Sequence[torch.dtype],  # what they are rounded to before
         *,
-        is_aligned: bool,  # whether addresses are of what is given with each call
+        is_aligned: bool,  # whether results and coefficients are
     ) -> Sequence[Launch]:
         key = (tuple(shapes), tuple(others), tuple(written), is_aligned)
         if key not in self._found:
@@ -80,10 +80,10 @@ class Placed:
         self,
         shapes: Sequence[torch.Size],
         others: Sequence[torch.dtype],  # of the weights' gradients
-        most: int,
-        fewest: int,
+        most: int,  # tiles of a program
+        fewest: int,  # programs
         *,
-        is_aligned: bool,
+        is_aligned: bool,  # whether these are
     ) -> Sequence[tuple[Group, Sequence[Launch]]]:
         """Groups, and the launches of each, one for some of the sources."""
         key = (tuple(shapes), tuple(others), most, fewest, is_aligned)
@@ -95,7 +95,13 @@ class Placed:
             ]
         return self._found[key]
 
-    def _told(self, shapes, others, written, is_aligned) -> tuple[Told, ...]:
+    def _told(
+        self,
+        shapes: Sequence[torch.Size],
+        others: Sequence[torch.dtype],
+        written: Sequence[torch.dtype],
+        is_aligned: bool,
+    ) -> tuple[Told, ...]:
         return tuple(
             Told(
                 self.shapes[n], shapes[n][1:], tuple(source.dtype for source in sources),

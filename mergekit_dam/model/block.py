@@ -56,8 +56,8 @@ class Block(nn.Module):
         return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
-        """As `torch.func.functional_call` does, which looks for every tensor's place at each call:
-        on a GPU, of a short step's blocks, that is a twentieth of the time."""
+        """The block with weights in the places of its own, for one call. (`functional_call` of
+        torch looks for every place each time: a twentieth of a short block's time on a GPU.)"""
         before = self._put(weights)
         try:
             return self.block(*args, **kwargs)

@@ -57,9 +57,8 @@ class SourceWeights:
         self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
-        # Blocks of what stays on the device, and of sources whose tensors are used as they lie.
-        self._blocks: dict[tuple[str, ...], Together] = {}
-        self._found: dict[tuple, Mapping[str, Tensor]] = {}
+        self._blocks: dict[tuple[str, ...], Together] = {}  # whose tensors stay on the device
+        self._found: dict[tuple, Mapping[str, Tensor]] = {}  # of one source, used as they lie there
         for name, inputs in plan.load(plan.tensors):
             self._add(plan.tensors[name], inputs)
 
