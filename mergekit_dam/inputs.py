@@ -1,4 +1,4 @@
-"""What one tensor of the merge is made of."""
+"""What tensors of the merge are made of."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

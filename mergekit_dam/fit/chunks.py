@@ -15,10 +15,9 @@ from torch import Tensor
 
 from mergekit_dam.model import Head
 
-CHUNK = 2**25  # logits that exist at once: 128 MB in float32
-PIECES = {
-    "cpu": 2**18
-}  # of these, that the terms work on at once: on a CPU so that they are cached
+CHUNK = 2**25  # logits that the head makes at once: 128 MB in float32
+# Of these, so many go through the terms at once, for each kind of device; all where none is given.
+PIECES = {"cpu": 2**18}  # 1 MB: what is made of them stays in the processor's cache
 
 Terms = Mapping[str, Tensor]
 

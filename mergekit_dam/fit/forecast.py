@@ -59,6 +59,7 @@ class Outline:
         names = trained_tensors(skeleton, settings)
         trained = sum(numbers.get(name, 0) for name in names)
         dtype = choose_dtype(settings, shapes.dtypes(), self.device)
+        is_cast = shapes.dtypes() != {dtype}
         sizes = held(shapes, settings, skeleton)
         work = foreseen_work(plan, settings, self.data)
         trust_remote_code = plan.options.trust_remote_code
@@ -69,7 +70,7 @@ class Outline:
             work,
             settings.objective,
             device=self.device,
-            is_cast=shapes.dtypes() != {dtype},
+            is_cast=is_cast,
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
             trust_remote_code=trust_remote_code,
@@ -91,7 +92,7 @@ class Outline:
             begins,
             made=sum(held(shapes, settings, skeleton, only_made=True).values()),
             own=len(plan.models_of_their_own) / len(plan.sources),
-            is_cast=shapes.dtypes() != {dtype},
+            is_cast=is_cast,
         )
         return Forecast(numbers, trained, dtype, sizes, work, found, where)
 

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of, power_of_2
 
-ALIGNED = 16  # numbers of the axis side by side, for the widest loads
+ALIGNED = 16  # bytes of an address, and numbers of the axis side by side, for the widest loads
 FEWEST, MOST = 8, 256  # tensors of a group; kernels are compiled for each power of 2 of columns
 FEW = 64  # tensors with so many times fewer numbers than others take their tiles, to go with them
 NOBODY = 2**62  # a program that no tensor has
@@ -143,7 +143,11 @@ def _alike(
     for number, (own, layout) in enumerate(zip(told, layouts, strict=True)):
         if layout.tiles:
             is_aligned = own.is_aligned and layout.side % ALIGNED == 0
-            found[Kind(*own[2:-1], layout.is_side, is_aligned)].append(number)
+            kind = Kind(
+                own.dtypes, own.base, own.other, own.written, own.is_prepared,
+                layout.is_side, is_aligned,
+            )  # fmt: skip
+            found[kind].append(number)
     for kind, members in found.items():
         for tile, own in _by_tile(members, layouts).items():
             for some in (own[n : n + MOST] for n in range(0, len(own), MOST)):
@@ -151,8 +155,8 @@ def _alike(
 
 
 def _by_tile(members: Sequence[int], layouts: Sequence[Layout]) -> dict[tuple[int, int], list[int]]:
-    """In its own tile most of a small tensor's would be padding if it took another's, which does
-    no harm where the others have most of the work; and a kernel less is started."""
+    """Where some have next to none of the numbers, they take the tile of the others, so that one
+    start less is made. Most of such a tile is padding, which is little beside the others' work."""
     found: dict[tuple[int, int], list[int]] = defaultdict(list)
     for number in members:
         found[layouts[number].tile].append(number)

@@ -57,22 +57,22 @@ def power_of_2(number: int) -> int:
 @functools.cache
 def layout_of(shape: tuple[int, ...], broadcast: tuple[int, ...], numbers: int) -> Layout:
     """Of a contiguous tensor of a shape S, with coefficients [*B], in tiles of `numbers`."""
-    stack, kept, summed, is_side, *is_expanded = _axes(shape, padded(broadcast, shape))
-    return Layout(stack, kept, summed, is_side, _tile(kept, summed, numbers, is_side), *is_expanded)
+    stack, kept, summed, is_side, is_expanded = _axes(shape, padded(broadcast, shape))
+    return Layout(stack, kept, summed, is_side, _tile(kept, summed, numbers, is_side), is_expanded)
 
 
-def _axes(shape: tuple[int, ...], broadcast: tuple[int, ...]) -> tuple:
+def _axes(shape: tuple[int, ...], broadcast: tuple[int, ...]) -> tuple[int, int, int, bool, bool]:
     """Stack, kept and summed axis, whether the kept one is side by side, whether expanded."""
     count = math.prod(shape)
     if all(size == 1 for size in broadcast):
-        return 1, 1, count, False
+        return 1, 1, count, False, False
     if len(shape) > 1 and broadcast[:-2] == tuple(shape[:-2]):
         rows, columns = shape[-2:]
         stack = math.prod(shape[:-2])
         if broadcast[-2:] == (1, columns):
-            return stack, columns, rows, True
+            return stack, columns, rows, True, False
         if broadcast[-2:] == (rows, 1):
-            return stack, rows, columns, False
+            return stack, rows, columns, False, False
     return 1, count, 1, True, True
 
 

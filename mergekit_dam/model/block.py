@@ -28,7 +28,6 @@ class Block(nn.Module):
         super().__init__()
         self.block, self.path, self.tensors = block, path, dict(tensors)
         self._assemblies, self._make, self._call = tuple(assemblies), make, call
-        self._direct = tuple(tensors.values())
         assembled = (name for assembly in assemblies for name in assembly.parameters)
         local = [*tensors, *(name.removeprefix(f"{path}.") for name in assembled)]
         self._places = {name: _place(block, name) for name in local}
@@ -42,7 +41,7 @@ class Block(nn.Module):
     def names(self) -> list[str]:
         """The output tensors that its weights are made of."""
         assembled = (name for assembly in self._assemblies for name in assembly.names)
-        return [*self._direct, *assembled]
+        return [*self.tensors.values(), *assembled]
 
     def forward(self, *args, **kwargs):
         return self._call(self, args, kwargs)
@@ -74,7 +73,7 @@ class Block(nn.Module):
 
     def weights(self) -> dict[str, Tensor]:
         """The block's parameters and buffers, by their names in it."""
-        direct = self._make(self._direct)
+        direct = self._make(list(self.tensors.values()))
         weights = {local: direct[name] for local, name in self.tensors.items()}
         for assembly in self._assemblies:
             made = assembly(self._make(assembly.names))
