@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.compare import ground
 from mergekit_dam.config import read_recipe
+from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import batch
@@ -48,6 +49,19 @@ def test_the_fit_is_that_of_a_cpu(recipe, models, tmp_path, start) -> None:
     path = recipe(models[:2], base_model=str(models[2]), dam={**CLOSE, "start": start})
     files = [fitted(path, tmp_path / device, device) for device in ("cpu", "cuda")]
     close(*files, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("offload", ["none", "cpu"])
+def test_sources_teach_together_as_they_do_alone(recipe, models, offload) -> None:
+    path = recipe(models, dam={**CLOSE, "offload": offload})
+    merged = prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cuda").merged
+    rows = [Row([(7 * n + place) % 36 + 4 for place in range(9 + n // 4)]) for n in range(6)]
+    step = {key: value.cuda() for key, value in batch(rows, [0, 1, 2, 0, 1, 2]).items()}
+    assert merged.mixes
+    together = Distillation(merged, Objective())(**step)
+    merged._mixer.works = False
+    for name, value in Distillation(merged, Objective())(**step).items():
+        torch.testing.assert_close(together[name], value, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("where", ["cpu", "disk"])

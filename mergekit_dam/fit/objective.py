@@ -12,7 +12,7 @@ from mergekit_dam.config.settings import COMPARISONS, Objective
 from mergekit_dam.fit.batches import groups
 from mergekit_dam.fit.chunks import ChunkedLoss, Section
 from mergekit_dam.formula import alignment
-from mergekit_dam.model import Head, MergedModel, View
+from mergekit_dam.model import Head, MergedModel, Mixture, NotMixedError, View
 
 LOSSES = {name: getattr(losses, name) for name in COMPARISONS}
 
@@ -79,10 +79,26 @@ class Distillation(nn.Module):
             source: self._teach and self._teach(source, *(part[rows] for part in inputs))
             for source, rows in own.items()
         }
-        live = [source for source, states in taught.items() if states is None]
-        views = [(None, range(len(inputs[0]))), *((source, own[source]) for source in live)]
-        student, *found = row_states(self.merged, *inputs, views)
-        return student, {**taught, **dict(zip(live, found, strict=True))}
+        live = {source: own[source] for source, states in taught.items() if states is None}
+        try:
+            student, found = self._live(live, *inputs)
+        except NotMixedError:  # from now on one by one
+            student, found = self._live(live, *inputs)
+        return student, {**taught, **found}
+
+    def _live(
+        self, own: Mapping[int, list[int]], *inputs: Tensor
+    ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
+        """`_states`, where all sources compute theirs."""
+        every = None, range(len(inputs[0]))
+        if len(own) < 2 or not self.merged.mixes:
+            student, *found = row_states(self.merged, *inputs, [every, *own.items()])
+            return student, dict(zip(own, found, strict=True))
+        owners = [source for source, rows in own.items() for _ in rows]
+        together = owners, [row for rows in own.values() for row in rows]
+        student, found = row_states(self.merged, *inputs, [every, together])
+        rest = iter(found)
+        return student, {source: list(itertools.islice(rest, len(own[source]))) for source in own}
 
     def _section(
         self,
@@ -147,19 +163,20 @@ def row_states(
     input_ids: Tensor,  # [rows, longest]
     lengths: Tensor,  # [rows]
     starts: Tensor,  # [rows]
-    views: Sequence[tuple[View | None, Sequence[int]]],  # each with the rows that it sees
+    # Each with the rows that it sees; or the sources of its rows, where each sees its own.
+    views: Sequence[tuple[View | Sequence[int] | None, Sequence[int]]],
 ) -> list[list[Tensor]]:
     """For each view, for each of its rows [tokens, width], of the positions that count: those from
     a row's start whose next token is real. Padding, a row's end and what predicts its prompt do
     not."""
     ends, starts = lengths.tolist(), starts.tolist()
     passes = [
-        (number, view, [rows[index] for index in together])
+        (number, *_pass(view, rows, together, ends))
         for number, (view, rows) in enumerate(views)
         for together in groups([ends[row] for row in rows])
     ]
     found = merged.all_states(
-        [(input_ids[rows, : ends[rows[0]]], view) for _, view, rows in passes]
+        [(input_ids[rows, : max(ends[row] for row in rows)], view) for _, view, rows in passes]
     )
     states = {
         (number, row): own[starts[row] : ends[row] - 1]
@@ -167,6 +184,21 @@ def row_states(
         for row, own in zip(rows, together, strict=True)
     }
     return [[states[number, row] for row in rows] for number, (_, rows) in enumerate(views)]
+
+
+def _pass(
+    view: View | Sequence[int] | None,
+    rows: Sequence[int],
+    together: Sequence[int],  # which of the rows
+    ends: Sequence[int],  # of all rows
+) -> tuple[View | None, list[int]]:
+    """What one pass sees, and its rows in its order."""
+    if not isinstance(view, list):
+        return view, [rows[index] for index in together]
+    together = sorted(together, key=view.__getitem__)
+    length = max(ends[rows[index]] for index in together)
+    mixture = Mixture(tuple(view[index] for index in together), length)
+    return mixture, [rows[index] for index in together]
 
 
 def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:

@@ -3,6 +3,7 @@
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.head import Head
 from mergekit_dam.model.merged import MergedModel
+from mergekit_dam.model.mixture import Mixture, NotMixedError
 from mergekit_dam.model.offload import Offload
 from mergekit_dam.model.paths import Arrival, Path, View
 from mergekit_dam.model.recompute import Recompute
@@ -14,6 +15,8 @@ __all__ = [
     "Block",
     "Head",
     "MergedModel",
+    "Mixture",
+    "NotMixedError",
     "Offload",
     "Path",
     "Recompute",

@@ -43,6 +43,14 @@ class Block(nn.Module):
         assembled = (name for assembly in self._assemblies for name in assembly.names)
         return [*self.tensors.values(), *assembled]
 
+    def owners(self) -> dict[nn.Module, dict[str, str]]:
+        """The modules that own its weights, and which: own name -> name in the block."""
+        result: dict[nn.Module, dict[str, str]] = {}
+        for name in self._places:
+            path, _, leaf = name.rpartition(".")
+            result.setdefault(self.block.get_submodule(path), {})[leaf] = name
+        return result
+
     def forward(self, *args, **kwargs):
         return self._call(self, args, kwargs)
 

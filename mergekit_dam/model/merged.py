@@ -19,6 +19,7 @@ from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
+from mergekit_dam.model.mixture import DEVICES, Mixer, Mixture, agrees
 from mergekit_dam.model.paths import Path, View, arrive, begun, drive
 from mergekit_dam.model.recompute import Recompute, run
 from mergekit_dam.model.skeleton import Skeleton, set_places
@@ -52,6 +53,7 @@ class MergedModel(nn.Module):
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
         self._split = Split(self.model)
+        self._mixer = Mixer()
         self._blocks = tuple(m for m in self.model.modules() if isinstance(m, Block))
         weights.group(block.names() for block in self._blocks)
 
@@ -100,14 +102,8 @@ class MergedModel(nn.Module):
         ]
 
     def not_finite(self) -> tuple[int, str] | None:
-        """(source, output tensor) of the first weight that is NaN or infinite."""
-        for name in self._weights.names():
-            stack = self._weights[name]
-            for row in stack.rows:
-                source = stack.source(row)
-                if not torch.isfinite(source).all():
-                    return row, name
-        return None
+        """(source, output tensor) of the sources' first weight that is NaN or infinite."""
+        return self._weights.not_finite()
 
     def forward(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, vocabulary]
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
@@ -176,7 +172,21 @@ class MergedModel(nn.Module):
         with torch.set_grad_enabled(_has_gradients(self._view)):
             if torch.is_grad_enabled():
                 return run(block, calls, self.recompute)
+            if isinstance(self._view, Mixture):
+                weights = {n: self.block_weights(block, n) for n in self._view.counts}
+                return self._mixer.run_each(block, weights, self._view, calls)
             return block.run_each(calls)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows of several sources go through it in one pass, whose view is a `Mixture`."""
+        if self._mixer.works is None:
+            is_one = not self._teachers and self._device.type in DEVICES
+            is_free = self._weights.dtypes() == {self._dtype}  # else of all sources at once a copy
+            self._mixer.works = (
+                is_one and is_free and agrees(self._side_by_side, self.vocabulary, self._device)
+            )
+        return self._mixer.works
 
     def head(self, view: View | None = None) -> Head:
         """The head of a view, its weights made once."""

@@ -16,10 +16,11 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from mergekit_dam.model.block import Block
+from mergekit_dam.model.mixture import Mixture
 
-# Whose weights a pass sees: a source's (its number), the merge's, the plain average's, or weights
-# that are given: output tensor -> S.
-View = int | Literal["merge", "average"] | Mapping[str, Tensor]
+# Whose weights a pass sees: a source's (its number), those of several, each for its rows, the
+# merge's, the plain average's, or weights that are given: output tensor -> S.
+View = int | Mixture | Literal["merge", "average"] | Mapping[str, Tensor]
 
 
 @dataclass

@@ -155,6 +155,14 @@ class SourceWeights:
             )
         return weight
 
+    def not_finite(self) -> tuple[int, str] | None:
+        """(source, output tensor) of the first weight that is NaN or infinite."""
+        for name, stack in self._stacks.items():
+            for row in stack.rows:
+                if not torch.isfinite(stack.source(row)).all():
+                    return row, name
+        return None
+
     def __getitem__(self, name: str) -> Stack:
         return self._stacks[name]
 

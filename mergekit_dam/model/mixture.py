@@ -1,0 +1,182 @@
+"""One forward pass for rows of several sources, each with its own source's weights.
+
+A small kernel takes the processor longer to start than a GPU to compute. So modules that own
+weights run for each source on its rows, and everything between them, most of a layer's operations,
+once for all. No code here is for one architecture: whether a model can run so is tried.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mergekit_dam.model.block import Block
+
+Weights = Mapping[str, Tensor]
+DEVICES = {"cuda"}  # of these types; a CPU has nothing of it
+
+
+class NotMixedError(Exception):
+    """A module does something else with its rows than this can follow."""
+
+
+# What models raise where they are not called as they expect.
+FAILURES = (
+    NotMixedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Whose rows a pass has: a view, as one source is."""
+
+    owners: tuple[int, ...]  # the source of each row, ascending
+    length: int  # of the rows
+
+    @functools.cached_property
+    def counts(self) -> dict[int, int]:
+        """Each source, and how many rows are its."""
+        return {source: len(list(own)) for source, own in itertools.groupby(self.owners)}
+
+    def of_rows(self, value: Any) -> Tensor:
+        """[rows, .., width] with all their positions, or ids [rows, length]. What is the same for
+        all rows is made one for each. Raises NotMixedError for what may be something else."""
+        if not isinstance(value, Tensor) or value.dim() < 2 + value.is_floating_point():
+            raise NotMixedError
+        count, *places = value.shape
+        if self.length not in (places[:-1] or places) or count not in (1, len(self.owners)):
+            raise NotMixedError
+        return value.expand(len(self.owners), *places) if count == 1 else value
+
+
+class Mixer:
+    """Runs a model's blocks so; it knows the modules that own their weights."""
+
+    def __init__(self):
+        self.works: bool | None = None  # with this model; None where nobody has tried
+        self._owners: dict[Block, dict[nn.Module, _Owner]] = {}
+
+    def run_each(
+        self,
+        block: Block,
+        weights: Mapping[int, Weights],  # source -> its weights, as `Block.weights` has them
+        mixture: Mixture,
+        calls: Sequence[tuple[tuple, dict]],
+    ) -> list[Any]:
+        """A block's outputs. Raises NotMixedError, after which it no longer `works`."""
+        if block not in self._owners:
+            self._owners[block] = {m: _Owner(m, own) for m, own in block.owners().items()}
+        forwards = {
+            module: functools.partial(owner, weights, mixture)
+            for module, owner in self._owners[block].items()
+        }
+        try:
+            with _instead_of_forward(forwards):
+                return [block.block(*args, **kwargs) for args, kwargs in calls]
+        except NotMixedError:
+            self.works = False
+            raise
+
+
+def agrees(
+    states: Callable[[list[tuple[Tensor, Any]]], list[Tensor]],  # of passes: ids and view
+    vocabulary: int,
+    device: torch.device,
+) -> bool:
+    """Whether a model gives rows of two sources in one pass what it gives them in two. Tried on a
+    few tokens."""
+    ids = torch.arange(6, device=device).view(2, 3) % vocabulary
+    passes = [(ids[:1], 0), (ids[1:], 1), (ids, Mixture((0, 1), 3))]
+    try:
+        *expected, found = states(passes)
+    except FAILURES as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return False
+    expected = torch.cat(expected)
+    bound = torch.finfo(found.dtype).eps ** 0.5 / 4 * expected.abs().max()
+    return bool((found - expected).abs().max() <= bound)
+
+
+@contextmanager
+def _instead_of_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """A context in which modules run something else. (Through `__dict__`, since `nn.Module` takes
+    its time over a `setattr`.)"""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for module, forward in before.items():
+            if forward is None:
+                del module.__dict__["forward"]
+            else:
+                module.__dict__["forward"] = forward
+
+
+class _Owner:
+    """A module that owns weights."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]):
+        self._forward = module.forward
+        self._places = [
+            (module._parameters if leaf in module._parameters else module._buffers, leaf, name)
+            for leaf, name in names.items()
+        ]
+        self._spreads: bool | None = None  # whether it can have a weight for each row
+
+    def __call__(self, weights: Mapping[int, Weights], mixture: Mixture, *args, **kwargs) -> Tensor:
+        if kwargs or not args:
+            raise NotMixedError
+        args = [mixture.of_rows(part) for part in args]
+        before = [place[leaf] for place, leaf, _ in self._places]
+        try:
+            if self._can_spread(args):
+                return self._spread(weights, mixture, *args)
+            return self._each(weights, mixture, *args)
+        finally:
+            for (place, leaf, _), value in zip(self._places, before, strict=True):
+                place[leaf] = value
+
+    def _each(self, weights: Mapping[int, Weights], mixture: Mixture, *args: Tensor) -> Tensor:
+        """For each source on its rows."""
+        found, sizes = [], list(mixture.counts.values())
+        parts = zip(*(part.split(sizes) for part in args), strict=True)
+        for source, own in zip(mixture.counts, parts, strict=True):
+            for place, leaf, name in self._places:
+                place[leaf] = weights[source][name]
+            found.append(self._forward(*own))
+        return mixture.of_rows(torch.cat(found))
+
+    def _spread(self, weights: Mapping[int, Weights], mixture: Mixture, x: Tensor) -> Tensor:
+        """Once, with a weight [rows, 1, .., width]: a norm is many small operations."""
+        ((place, leaf, name),) = self._places
+        shape = [1] * (x.dim() - 2) + [-1]
+        rows = {source: weights[source][name].view(shape) for source in mixture.counts}
+        place[leaf] = torch.stack([rows[source] for source in mixture.owners])
+        return self._forward(x)
+
+    def _can_spread(self, args: Sequence[Tensor]) -> bool:
+        """Tried once, on numbers of its own."""
+        if self._spreads is None:
+            self._spreads = len(args) == len(self._places) == 1 and self._tries_to_spread(*args)
+        return self._spreads
+
+    def _tries_to_spread(self, x: Tensor) -> bool:
+        ((place, leaf, name),) = self._places
+        if place[leaf].dim() != 1 or not x.is_floating_point() or x.shape[-1] != len(place[leaf]):
+            return False
+        numbers = torch.arange(6 * x[0, 0].numel(), device=x.device).sin()
+        trial = numbers.view(3, 2, *x.shape[2:]).to(x.dtype)
+        weights = {n: {name: trial[n, 0].flatten()[: x.shape[-1]].exp()} for n in (0, 1)}
+        given = weights, Mixture((0, 1, 1), 2), trial
+        try:
+            return torch.equal(self._spread(*given), self._each(*given))
+        except FAILURES:
+            return False
