@@ -28,6 +28,7 @@ from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import least_squares, objective
 from mergekit_dam.least_squares import rows as calibration
+from mergekit_dam.model import mixture
 from mergekit_dam.model.activations import Activations
 from mergekit_dam.model.live import Live
 
@@ -117,6 +118,13 @@ def test_a_step_takes_what_was_predicted(recipe, tmp_path, name):
 def test_so_does_one_whose_terms_are_made_of_a_whole_chunk(recipe, tmp_path, monkeypatch, name):
     """As on a GPU."""
     monkeypatch.setattr(chunks, "PIECES", {})
+    compare(recipe, tmp_path, name, {})
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_so_does_one_whose_sources_teach_together(recipe, tmp_path, monkeypatch, name):
+    """As on a GPU."""
+    monkeypatch.setattr(mixture, "DEVICES", {"cpu"})
     compare(recipe, tmp_path, name, {})
 
 

@@ -12,6 +12,7 @@ from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.model.mixture import serves
 
 # Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
 # log-probabilities of merge and source, and their distance and two steps of its gradient.
@@ -35,15 +36,18 @@ class Needs:
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
+    taught: int = 0  # tokens of the teachers that go through a block at once
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
-        """The peak: while the head's losses are computed, gradients of a block's weights, or the
-        optimiser's step."""
+        """The peak: in a teacher's block, while the head's losses are computed, gradients of a
+        block's weights, or the optimiser's step."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
         held = self.blocks if recompute == "none" else 0
+        taught = 4 * self.taught * self.kept.widest  # what a block makes and does not keep
         at_head = self.head + self.losses + 3 * self.states
-        step = kept + held + self.coefficients + max(at_head, self._in_a_block(recompute))
+        passing = max(taught, at_head, self._in_a_block(recompute))
+        step = kept + held + self.coefficients + passing
         return int(self.optimizer + max(step, self.update))
 
     def _in_a_block(self, recompute: Recompute) -> float:
@@ -80,6 +84,7 @@ def needs(
         widest=work.widest,
         kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
         states=tokens * width * dtype.itemsize,
+        taught=tokens if serves(torch.device(device)) else work.widest,
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,

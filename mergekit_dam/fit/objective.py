@@ -1,8 +1,9 @@
 """What the fit minimises: distillation terms over each source's own rows, and the terms on the
 coefficients (arXiv 2410.08371, section 3.2)."""
 
+import contextlib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -80,21 +81,22 @@ class Distillation(nn.Module):
             for source, rows in own.items()
         }
         live = {source: own[source] for source, states in taught.items() if states is None}
-        try:
+        with contextlib.suppress(NotMixedError):
             student, found = self._live(live, *inputs)
-        except NotMixedError:  # from now on one by one
-            student, found = self._live(live, *inputs)
+            return student, {**taught, **found}
+        # Out here, where nothing holds the pass that has failed: from now on source by source.
+        student, found = self._live(live, *inputs)
         return student, {**taught, **found}
 
     def _live(
         self, own: Mapping[int, list[int]], *inputs: Tensor
     ) -> tuple[list[Tensor], dict[int, list[Tensor]]]:
-        """`_states`, where all sources compute theirs."""
+        """`_states`, of the sources whose states are not kept."""
         every = None, range(len(inputs[0]))
-        if len(own) < 2 or not self.merged.mixes:
+        if len(own) < 2 or not self.merged.mixes():
             student, *found = row_states(self.merged, *inputs, [every, *own.items()])
             return student, dict(zip(own, found, strict=True))
-        owners = [source for source, rows in own.items() for _ in rows]
+        owners = Owners(source for source, rows in own.items() for _ in rows)
         together = owners, [row for rows in own.values() for row in rows]
         student, found = row_states(self.merged, *inputs, [every, together])
         rest = iter(found)
@@ -158,22 +160,25 @@ def among(logits: Sequence[Tensor], known: Tensor | None) -> Sequence[Tensor]:
     return [part[:, known.to(part.device)] for part in logits]
 
 
+class Owners(tuple[int, ...]):
+    """The source of each of some rows, where each is to be seen as its own has it."""
+
+
 def row_states(
     merged: MergedModel,
     input_ids: Tensor,  # [rows, longest]
     lengths: Tensor,  # [rows]
     starts: Tensor,  # [rows]
-    # Each with the rows that it sees; or the sources of its rows, where each sees its own.
-    views: Sequence[tuple[View | Sequence[int] | None, Sequence[int]]],
+    views: Sequence[tuple[View | Owners | None, Sequence[int]]],  # each with the rows that it sees
 ) -> list[list[Tensor]]:
     """For each view, for each of its rows [tokens, width], of the positions that count: those from
     a row's start whose next token is real. Padding, a row's end and what predicts its prompt do
     not."""
     ends, starts = lengths.tolist(), starts.tolist()
     passes = [
-        (number, *_pass(view, rows, together, ends))
+        (number, *own)
         for number, (view, rows) in enumerate(views)
-        for together in groups([ends[row] for row in rows])
+        for own in _passes(view, rows, ends)
     ]
     found = merged.all_states(
         [(input_ids[rows, : max(ends[row] for row in rows)], view) for _, view, rows in passes]
@@ -186,19 +191,18 @@ def row_states(
     return [[states[number, row] for row in rows] for number, (_, rows) in enumerate(views)]
 
 
-def _pass(
-    view: View | Sequence[int] | None,
-    rows: Sequence[int],
-    together: Sequence[int],  # which of the rows
-    ends: Sequence[int],  # of all rows
-) -> tuple[View | None, list[int]]:
-    """What one pass sees, and its rows in its order."""
-    if not isinstance(view, list):
-        return view, [rows[index] for index in together]
-    together = sorted(together, key=view.__getitem__)
-    length = max(ends[rows[index]] for index in together)
-    mixture = Mixture(tuple(view[index] for index in together), length)
-    return mixture, [rows[index] for index in together]
+def _passes(
+    view: View | Owners | None, rows: Sequence[int], ends: Sequence[int]
+) -> Iterator[tuple[View | None, list[int]]]:
+    """What each pass of a view sees, and its rows in its order."""
+    for together in groups([ends[row] for row in rows]):
+        if not isinstance(view, Owners):
+            yield view, [rows[index] for index in together]
+            continue
+        together = sorted(together, key=view.__getitem__)
+        length = max(ends[rows[index]] for index in together)
+        mixture = Mixture(tuple(view[index] for index in together), length)
+        yield mixture, [rows[index] for index in together]
 
 
 def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:

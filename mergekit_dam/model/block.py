@@ -43,6 +43,11 @@ class Block(nn.Module):
         assembled = (name for assembly in self._assemblies for name in assembly.names)
         return [*self.tensors.values(), *assembled]
 
+    @property
+    def is_assembled(self) -> bool:
+        """Whether some of its weights are made of several output tensors."""
+        return bool(self._assemblies)
+
     def owners(self) -> dict[nn.Module, dict[str, str]]:
         """The modules that own its weights, and which: own name -> name in the block."""
         result: dict[nn.Module, dict[str, str]] = {}

@@ -19,7 +19,7 @@ from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
-from mergekit_dam.model.mixture import DEVICES, Mixer, Mixture, agrees
+from mergekit_dam.model.mixture import Mixer, Mixture, agrees, serves
 from mergekit_dam.model.paths import Path, View, arrive, begun, drive
 from mergekit_dam.model.recompute import Recompute, run
 from mergekit_dam.model.skeleton import Skeleton, set_places
@@ -52,8 +52,7 @@ class MergedModel(nn.Module):
         self.recompute: Recompute = "block"
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
         self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
-        self._split = Split(self.model)
-        self._mixer = Mixer()
+        self._split, self._mixer = Split(self.model), Mixer()
         self._blocks = tuple(m for m in self.model.modules() if isinstance(m, Block))
         weights.group(block.names() for block in self._blocks)
 
@@ -75,6 +74,7 @@ class MergedModel(nn.Module):
                 module._buffers[name] = None if buffer is None else fn(buffer)
         self._device = fn(torch.zeros(())).device
         set_places(self.model, self._device)
+        self._mixer = Mixer()
         for teacher in self._teachers.values():
             teacher._apply(fn, recurse)
         return super()._apply(fn, recurse)
@@ -177,16 +177,18 @@ class MergedModel(nn.Module):
                 return self._mixer.run_each(block, weights, self._view, calls)
             return block.run_each(calls)
 
-    @property
     def mixes(self) -> bool:
-        """Whether rows of several sources go through it in one pass, whose view is a `Mixture`."""
+        """Whether rows of several sources go through it in one pass, whose view is a `Mixture`;
+        tried once, on a few tokens."""
         if self._mixer.works is None:
-            is_one = not self._teachers and self._device.type in DEVICES
-            is_free = self._weights.dtypes() == {self._dtype}  # else of all sources at once a copy
-            self._mixer.works = (
-                is_one and is_free and agrees(self._side_by_side, self.vocabulary, self._device)
-            )
+            may = not self._teachers and serves(self._device) and self._has_no_copies()
+            self._mixer.works = may and agrees(self._side_by_side, self.vocabulary, self._device)
         return self._mixer.works
+
+    def _has_no_copies(self) -> bool:
+        """Whether sources' tensors are used as they lie. Copies would be there of all sources."""
+        is_assembled = any(block.is_assembled for block in self._blocks)
+        return not is_assembled and self._weights.stored == {self._dtype}
 
     def head(self, view: View | None = None) -> Head:
         """The head of a view, its weights made once."""

@@ -7,7 +7,8 @@ once for all. No code here is for one architecture: whether a model can run so i
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +16,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mergekit_dam.errors import in_one_line
 from mergekit_dam.model.block import Block
 
 Weights = Mapping[str, Tensor]
-DEVICES = {"cuda"}  # of these types; a CPU has nothing of it
+DEVICES = {"cuda"}  # of these types; a CPU gains nothing
+LOG = logging.getLogger(__name__)
+
+
+def serves(device: torch.device) -> bool:
+    """Whether it is worth while there."""
+    return device.type in DEVICES
 
 
 class NotMixedError(Exception):
     """A module does something else with its rows than this can follow."""
 
 
-# What models raise where they are not called as they expect.
-FAILURES = (
-    NotMixedError, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError,
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
 class Mixture:
-    """Whose rows a pass has: a view, as one source is."""
+    """The view of a pass in which each row sees its own source's weights."""
 
     owners: tuple[int, ...]  # the source of each row, ascending
     length: int  # of the rows
@@ -47,15 +49,15 @@ class Mixture:
         """[rows, .., width] with all their positions, or ids [rows, length]. What is the same for
         all rows is made one for each. Raises NotMixedError for what may be something else."""
         if not isinstance(value, Tensor) or value.dim() < 2 + value.is_floating_point():
-            raise NotMixedError
+            raise NotMixedError("arguments that are not of whole rows")
         count, *places = value.shape
         if self.length not in (places[:-1] or places) or count not in (1, len(self.owners)):
-            raise NotMixedError
+            raise NotMixedError(f"{tuple(value.shape)} where rows were expected")
         return value.expand(len(self.owners), *places) if count == 1 else value
 
 
 class Mixer:
-    """Runs a model's blocks so; it knows the modules that own their weights."""
+    """Runs a model's blocks for a mixture; it knows the modules that own their weights."""
 
     def __init__(self):
         self.works: bool | None = None  # with this model; None where nobody has tried
@@ -68,19 +70,26 @@ class Mixer:
         mixture: Mixture,
         calls: Sequence[tuple[tuple, dict]],
     ) -> list[Any]:
-        """A block's outputs. Raises NotMixedError, after which it no longer `works`."""
+        """A block's outputs. Raises NotMixedError for whatever goes wrong, and no longer `works`:
+        what would go wrong for each source by itself will do so again."""
         if block not in self._owners:
             self._owners[block] = {m: _Owner(m, own) for m, own in block.owners().items()}
-        forwards = {
-            module: functools.partial(owner, weights, mixture)
-            for module, owner in self._owners[block].items()
-        }
+        owners = self._owners[block]
+        forwards = {m: functools.partial(o, weights, mixture) for m, o in owners.items()}
         try:
-            with _instead_of_forward(forwards):
+            with _instead_of_forward(forwards), _unread(owners.values()):
                 return [block.block(*args, **kwargs) for args, kwargs in calls]
-        except NotMixedError:
-            self.works = False
+        except torch.OutOfMemoryError:
             raise
+        except Exception as error:
+            if self.works:
+                LOG.warning(
+                    "%s cannot run for several sources at once, so they teach one by one: %s",
+                    block.path,
+                    in_one_line(error),
+                )
+            self.works = False
+            raise NotMixedError(str(error)) from error
 
 
 def agrees(
@@ -89,14 +98,12 @@ def agrees(
     device: torch.device,
 ) -> bool:
     """Whether a model gives rows of two sources in one pass what it gives them in two. Tried on a
-    few tokens."""
-    ids = torch.arange(6, device=device).view(2, 3) % vocabulary
-    passes = [(ids[:1], 0), (ids[1:], 1), (ids, Mixture((0, 1), 3))]
+    few tokens, in sizes that are not likely to be any other of the model's."""
+    ids = torch.arange(15, device=device).view(3, 5) * max(1, vocabulary // 15) % vocabulary
+    passes = [(ids[:1], 0), (ids[1:], 1), (ids, Mixture((0, 1, 1), 5))]
     try:
         *expected, found = states(passes)
-    except FAILURES as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
+    except NotMixedError:
         return False
     expected = torch.cat(expected)
     bound = torch.finfo(found.dtype).eps ** 0.5 / 4 * expected.abs().max()
@@ -120,6 +127,32 @@ def _instead_of_forward(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Ite
                 module.__dict__["forward"] = forward
 
 
+@contextmanager
+def _unread(owners: Iterable["_Owner"]) -> Iterator[None]:
+    """A context in which nothing but their owners can compute with weights."""
+    for owner in owners:
+        owner.hide()
+    try:
+        yield
+    finally:
+        for owner in owners:
+            owner.put_back()
+
+
+ASKED = ("__get__", "size", "dim", "is_floating_point")  # the first is any attribute's
+
+
+class _Hidden(Tensor):
+    """Has a shape, a dtype and a device, for which models ask, and numbers for nobody."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function.__name__ not in ASKED:
+            raise NotMixedError(f"{function.__name__} of a weight outside of its module")
+        with torch._C.DisableTorchFunctionSubclass():
+            return function(*args)
+
+
 class _Owner:
     """A module that owns weights."""
 
@@ -129,37 +162,46 @@ class _Owner:
             (module._parameters if leaf in module._parameters else module._buffers, leaf, name)
             for leaf, name in names.items()
         ]
+        self._own = [place[leaf] for place, leaf, _ in self._places]
+        self._hidden = [own.detach().as_subclass(_Hidden) for own in self._own]
         self._spreads: bool | None = None  # whether it can have a weight for each row
+
+    def hide(self) -> None:
+        self._put(self._hidden)
+
+    def put_back(self) -> None:
+        self._put(self._own)
+
+    def _put(self, tensors: Iterable[Tensor]) -> None:
+        for (place, leaf, _), tensor in zip(self._places, tensors, strict=True):
+            place[leaf] = tensor
 
     def __call__(self, weights: Mapping[int, Weights], mixture: Mixture, *args, **kwargs) -> Tensor:
         if kwargs or not args:
-            raise NotMixedError
+            raise NotMixedError(f"arguments {[*kwargs]}")
         args = [mixture.of_rows(part) for part in args]
-        before = [place[leaf] for place, leaf, _ in self._places]
         try:
             if self._can_spread(args):
                 return self._spread(weights, mixture, *args)
             return self._each(weights, mixture, *args)
         finally:
-            for (place, leaf, _), value in zip(self._places, before, strict=True):
-                place[leaf] = value
+            self.hide()
 
     def _each(self, weights: Mapping[int, Weights], mixture: Mixture, *args: Tensor) -> Tensor:
         """For each source on its rows."""
         found, sizes = [], list(mixture.counts.values())
         parts = zip(*(part.split(sizes) for part in args), strict=True)
         for source, own in zip(mixture.counts, parts, strict=True):
-            for place, leaf, name in self._places:
-                place[leaf] = weights[source][name]
+            self._put(weights[source][name] for _, _, name in self._places)
             found.append(self._forward(*own))
         return mixture.of_rows(torch.cat(found))
 
     def _spread(self, weights: Mapping[int, Weights], mixture: Mixture, x: Tensor) -> Tensor:
         """Once, with a weight [rows, 1, .., width]: a norm is many small operations."""
-        ((place, leaf, name),) = self._places
+        ((_, _, name),) = self._places
         shape = [1] * (x.dim() - 2) + [-1]
         rows = {source: weights[source][name].view(shape) for source in mixture.counts}
-        place[leaf] = torch.stack([rows[source] for source in mixture.owners])
+        self._put([torch.stack([rows[source] for source in mixture.owners])])
         return self._forward(x)
 
     def _can_spread(self, args: Sequence[Tensor]) -> bool:
@@ -169,8 +211,8 @@ class _Owner:
         return self._spreads
 
     def _tries_to_spread(self, x: Tensor) -> bool:
-        ((place, leaf, name),) = self._places
-        if place[leaf].dim() != 1 or not x.is_floating_point() or x.shape[-1] != len(place[leaf]):
+        (weight,), ((_, _, name),) = self._own, self._places
+        if weight.dim() != 1 or not x.is_floating_point() or x.shape[-1] != len(weight):
             return False
         numbers = torch.arange(6 * x[0, 0].numel(), device=x.device).sin()
         trial = numbers.view(3, 2, *x.shape[2:]).to(x.dtype)
@@ -178,5 +220,5 @@ class _Owner:
         given = weights, Mixture((0, 1, 1), 2), trial
         try:
             return torch.equal(self._spread(*given), self._each(*given))
-        except FAILURES:
+        except Exception:  # whatever a module raises that expects one weight for all
             return False

@@ -57,6 +57,7 @@ class SourceWeights:
         self.is_prepared = preparation is not None  # sparsified task vectors
         self.is_fetched = offload != "none"  # for each use, a block at a time
         self._stacks: dict[str, Stack] = {}
+        self.stored: set[torch.dtype] = set()  # the dtypes of the sources' tensors
         self._blocks: dict[tuple[str, ...], Together] = {}  # whose tensors stay on the device
         self._found: dict[tuple, Mapping[str, Tensor]] = {}  # of one source, used as they lie there
         for name, inputs in plan.load(plan.tensors):
@@ -75,6 +76,7 @@ class SourceWeights:
                 f"The base model {self._plan.base} has no tensor {name}, which "
                 "`formula: task_vectors` subtracts: use `formula: weights`."
             )
+        self.stored |= {tensor.dtype for tensor in tensors.values()}
         self._store.put(name, lambda: self._inputs(name, tensors))
         self._stacks[name] = Stack(
             rows=rows,
