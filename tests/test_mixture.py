@@ -22,7 +22,7 @@ from mergekit_dam.fit.objective import Distillation, row_states
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block, MergedModel, Mixture, NotMixedError, mixture
 from mergekit_dam.model.live import Live
-from mergekit_dam.model.mixture import Mixer
+from mergekit_dam.model.mixture import Mixer, agrees
 
 LENGTHS = (12, 12, 12, 7, 3)
 ROWS = [Row([(7 * row + place) % 36 + 4 for place in range(n)]) for row, n in enumerate(LENGTHS)]
@@ -342,3 +342,20 @@ def test_a_forward_of_its_own_is_put_back():
     (found,) = Mixer().run_each(block, WEIGHTS, MIXTURE, [((STATES,), {})])
     assert torch.equal(found[2], 2 * STATES[2] * WEIGHTS[2]["inner.weight"])
     assert layer.inner.forward is own
+
+
+@pytest.mark.parametrize("dtype, noise", [(torch.bfloat16, 0.04), (torch.float32, 1e-4)])
+@pytest.mark.parametrize("fault", [None, "rows", "nan"])
+def test_the_trial_sees_faults_and_no_roundings(dtype, noise, fault):
+    def states(passes):
+        ids = torch.cat([ids for ids, _ in passes[:-1]])
+        apart = torch.randn(3, 5, 64).clamp(-1, 1).to(dtype)
+        together = apart + noise * torch.rand_like(apart)
+        if fault == "rows":
+            together = together[[1, 0, 2]]
+        if fault == "nan":
+            together[2, 4, 63] = torch.nan
+        assert torch.equal(ids, passes[-1][0]) and len(ids.unique()) == 15
+        return [apart[:1], apart[1:], together]
+
+    assert agrees(states, 1000, torch.device("cpu")) == (fault is None)

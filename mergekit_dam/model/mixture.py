@@ -82,14 +82,17 @@ class Mixer:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
-            if self.works:
-                LOG.warning(
-                    "%s cannot run for several sources at once, so they teach one by one: %s",
-                    block.path,
-                    in_one_line(error),
-                )
-            self.works = False
+            self._give_up(block, error)
             raise NotMixedError(str(error)) from error
+
+    def _give_up(self, block: Block, error: Exception) -> None:
+        if self.works:  # and has not just been tried
+            LOG.warning(
+                "%s cannot run for several sources at once, so they teach one by one: %s",
+                block.path,
+                in_one_line(error),
+            )
+        self.works = False
 
 
 def agrees(
@@ -98,7 +101,11 @@ def agrees(
     device: torch.device,
 ) -> bool:
     """Whether a model gives rows of two sources in one pass what it gives them in two. Tried on a
-    few tokens, in sizes that are not likely to be any other of the model's."""
+    few tokens, in sizes that are not likely to be any other of the model's.
+
+    Products of other shapes are rounded in other ways: through 32 layers in bfloat16 to a fortieth
+    of the largest state.
+    """
     ids = torch.arange(15, device=device).view(3, 5) * max(1, vocabulary // 15) % vocabulary
     passes = [(ids[:1], 0), (ids[1:], 1), (ids, Mixture((0, 1, 1), 5))]
     try:
@@ -106,7 +113,7 @@ def agrees(
     except NotMixedError:
         return False
     expected = torch.cat(expected)
-    bound = torch.finfo(found.dtype).eps ** 0.5 / 4 * expected.abs().max()
+    bound = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()
     return bool((found - expected).abs().max() <= bound)
 
 

@@ -78,6 +78,7 @@ def main(
             peaks = {name: peak_of(step, device) for name, step in steps.items()}
             predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
             print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
+            print(f"all sources in one pass: {fit.merged.mixes()}")
             del fit, steps
 
 
