@@ -202,7 +202,8 @@ def _passes(
         together = sorted(together, key=view.__getitem__)
         length = max(ends[rows[index]] for index in together)
         mixture = Mixture(tuple(view[index] for index in together), length)
-        yield mixture, [rows[index] for index in together]
+        is_one = len(mixture.counts) == 1
+        yield mixture.owners[0] if is_one else mixture, [rows[index] for index in together]
 
 
 def _shared(tokens: Tensor, sources: Tensor) -> dict[int, float]:
