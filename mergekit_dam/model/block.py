@@ -48,12 +48,12 @@ class Block(nn.Module):
         """Whether some of its weights are made of several output tensors."""
         return bool(self._assemblies)
 
-    def owners(self) -> dict[nn.Module, dict[str, str]]:
-        """The modules that own its weights, and which: own name -> name in the block."""
-        result: dict[nn.Module, dict[str, str]] = {}
-        for name in self._places:
-            path, _, leaf = name.rpartition(".")
-            result.setdefault(self.block.get_submodule(path), {})[leaf] = name
+    def owners(self) -> dict[nn.Module, dict[str, tuple[dict, str]]]:
+        """The modules that own its weights: of each, their names in the block and their places."""
+        result: dict[nn.Module, dict[str, tuple[dict, str]]] = {}
+        for name, place in self._places.items():
+            module = self.block.get_submodule(name.rpartition(".")[0])
+            result.setdefault(module, {})[name] = place
         return result
 
     def forward(self, *args, **kwargs):

@@ -163,14 +163,10 @@ class _Hidden(Tensor):
 class _Owner:
     """A module that owns weights."""
 
-    def __init__(self, module: nn.Module, names: Mapping[str, str]):
-        self._forward = module.forward
-        self._places = [
-            (module._parameters if leaf in module._parameters else module._buffers, leaf, name)
-            for leaf, name in names.items()
-        ]
-        self._own = [place[leaf] for place, leaf, _ in self._places]
-        self._hidden = [own.detach().as_subclass(_Hidden) for own in self._own]
+    def __init__(self, module: nn.Module, places: Mapping[str, tuple[dict, str]]):
+        self._forward, self._places = module.forward, places
+        self._own = {name: place[leaf] for name, (place, leaf) in places.items()}
+        self._hidden = {name: own.detach().as_subclass(_Hidden) for name, own in self._own.items()}
         self._spreads: bool | None = None  # whether it can have a weight for each row
 
     def hide(self) -> None:
@@ -179,9 +175,9 @@ class _Owner:
     def put_back(self) -> None:
         self._put(self._own)
 
-    def _put(self, tensors: Iterable[Tensor]) -> None:
-        for (place, leaf, _), tensor in zip(self._places, tensors, strict=True):
-            place[leaf] = tensor
+    def _put(self, weights: Weights) -> None:
+        for name, (place, leaf) in self._places.items():
+            place[leaf] = weights[name]
 
     def __call__(self, weights: Mapping[int, Weights], mixture: Mixture, *args, **kwargs) -> Tensor:
         if kwargs or not args:
@@ -199,16 +195,16 @@ class _Owner:
         found, sizes = [], list(mixture.counts.values())
         parts = zip(*(part.split(sizes) for part in args), strict=True)
         for source, own in zip(mixture.counts, parts, strict=True):
-            self._put(weights[source][name] for _, _, name in self._places)
+            self._put(weights[source])
             found.append(self._forward(*own))
         return mixture.of_rows(torch.cat(found))
 
     def _spread(self, weights: Mapping[int, Weights], mixture: Mixture, x: Tensor) -> Tensor:
         """Once, with a weight [rows, 1, .., width]: a norm is many small operations."""
-        ((_, _, name),) = self._places
+        (name,) = self._places
         shape = [1] * (x.dim() - 2) + [-1]
         rows = {source: weights[source][name].view(shape) for source in mixture.counts}
-        self._put([torch.stack([rows[source] for source in mixture.owners])])
+        self._put({name: torch.stack([rows[source] for source in mixture.owners])})
         return self._forward(x)
 
     def _can_spread(self, args: Sequence[Tensor]) -> bool:
@@ -218,7 +214,7 @@ class _Owner:
         return self._spreads
 
     def _tries_to_spread(self, x: Tensor) -> bool:
-        (weight,), ((_, _, name),) = self._own, self._places
+        ((name, weight),) = self._own.items()
         if weight.dim() != 1 or not x.is_floating_point() or x.shape[-1] != len(weight):
             return False
         numbers = torch.arange(6 * x[0, 0].numel(), device=x.device).sin()
