@@ -181,21 +181,14 @@ def _gradient(
 def _gradient_of_one(
     gradient: Tensor, sources: Sequence[Tensor], base: Tensor | None, shape: Sequence[int]
 ) -> Tensor:  # [N, *B], which is `shape`
-    parts, accumulator = list(in_pieces(gradient, base, *sources)), _accumulator(sources)
-    # Rows that share coefficients are first added up part to part, in one pass over each source.
-    is_shared = len(parts) > 1 and gradient.dim() == 2 and shape[1] == 1
-    each = parts[0][0].shape if is_shared else shape[1:]
-    sums = torch.zeros(len(sources), *each, dtype=accumulator, device=gradient.device)
-    places = [sums] * len(parts) if is_shared else [p[1:] for p in in_pieces(gradient, *sums)]
-    for (outer, subtracted, *own), totals in zip(parts, places, strict=True):
+    accumulator = _accumulator(sources)
+    sums = torch.zeros(len(sources), *shape[1:], dtype=accumulator, device=gradient.device)
+    for outer, subtracted, *parts in in_pieces(gradient, base, *sources, *sums):
+        own, totals = parts[: len(sources)], parts[len(sources) :]
         outer = outer.to(accumulator)
         for total, source in zip(totals, own, strict=True):
-            difference = _difference(source, subtracted)
-            if is_shared:
-                total[: len(outer)].addcmul_(outer, difference)
-            else:
-                total += (outer * difference).sum_to_size(total.shape)
-    return torch.stack([total.sum_to_size(tuple(shape[1:])) for total in sums])
+            total += (outer * _difference(source, subtracted)).sum_to_size(total.shape)
+    return sums
 
 
 def _combine_part(

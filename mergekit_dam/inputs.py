@@ -26,6 +26,10 @@ class Inputs:
             None if self.prepared is None else tuple(map(change, self.prepared)),
         )
 
+    def rows(self, numbers: Tensor) -> "Inputs":
+        """Copies of some rows of each."""
+        return self.each(lambda tensor: tensor.index_select(0, numbers))
+
 
 class Together(tuple[Inputs, ...]):
     """Inputs of tensors that are needed together, and what has been found out about them."""

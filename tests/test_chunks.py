@@ -106,7 +106,9 @@ def test_only_predicted_positions_reach_the_head_a_few_at_a_time(
     merged_weights = merged.merged_weights
     monkeypatch.setattr(Block, "run_with", counting)
     monkeypatch.setattr(
-        merged, "merged_weights", lambda names: made.extend(names) or merged_weights(names)
+        merged,
+        "merged_weights",
+        lambda names, *rows: made.extend(names) or merged_weights(names, *rows),
     )
     distil(**batch(ROWS, SOURCES))["loss"].backward()
     assert max(seen) <= 3

@@ -15,7 +15,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.fit.batches import batch, groups
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.model import Block, MergedModel, weights
+from mergekit_dam.model import Block, MergedModel
 
 LENGTHS = (12, 12, 7, 3)
 ROWS = [Row([(7 * row + place) % 40 + 4 for place in range(n)]) for row, n in enumerate(LENGTHS)]
@@ -63,16 +63,21 @@ def test_the_plain_average_side_by_side(make):
 
 @pytest.mark.parametrize("recompute, times", [("block", 2), ("weights", 2), ("none", 1)])
 def test_a_weight_is_made_once_for_rows_of_all_lengths(make, monkeypatch, recompute, times):
-    merged, made = make(), []
+    merged, made = make(), Counter()
     merged.recompute = recompute
-    combine_all = weights.combine_all
+    merged_weights = merged.merged_weights
     step(merged)  # finds out how the model is split
-    monkeypatch.setattr(
-        weights, "combine_all", lambda cs, *a, **k: made.extend(cs) or combine_all(cs, *a, **k)
-    )
+
+    def counting(names, rows=None):
+        made.update(names if rows is None else [])
+        return merged_weights(names, rows)
+
+    monkeypatch.setattr(merged, "merged_weights", counting)
     assert len(groups(LENGTHS)) == 3
     step(merged)
-    assert len(made) <= times * len(list(merged.parameters()))
+    assert max(made.values()) == times
+    looked_up = "model.embed_tokens.weight"  # rows of it, and never the whole
+    assert made.keys() == merged.coefficients().keys() - {looked_up}
 
 
 def test_a_step_copies_each_block_once_for_each_way(make, monkeypatch):

@@ -1,6 +1,6 @@
 """A part of the skeleton whose weights are made at each call and exist no longer than it needs."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +9,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.model.assembly import Assembly
 from mergekit_dam.model.skeleton import Skeleton
 
-Make = Callable[[Sequence[str]], Mapping[str, Tensor]]  # output tensors -> their weights
+# Output tensors, and those of them of which rows are looked up -> their weights.
+Make = Callable[[Sequence[str], Collection[str]], Mapping[str, Tensor]]
 Call = Callable[["Block", tuple, dict], Any]  # runs a block with the arguments that it was given
 
 
@@ -31,6 +32,7 @@ class Block(nn.Module):
         assembled = (name for assembly in assemblies for name in assembly.parameters)
         local = [*tensors, *(name.removeprefix(f"{path}.") for name in assembled)]
         self._places = {name: _place(block, name) for name in local}
+        self._tables = [tensors[name] for name in tensors if _is_table(block, name)]
 
     def __getattr__(self, name: str):
         try:
@@ -64,7 +66,7 @@ class Block(nn.Module):
     ) -> list[Any]:
         """The block for several calls, by default with its present weights, made here once and not
         kept."""
-        weights = self.weights() if weights is None else weights
+        weights = self.weights(whole=False) if weights is None else weights
         return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
@@ -84,12 +86,13 @@ class Block(nn.Module):
             before[name], owner[leaf] = owner[leaf], tensor
         return before
 
-    def weights(self) -> dict[str, Tensor]:
-        """The block's parameters and buffers, by their names in it."""
-        direct = self._make(list(self.tensors.values()))
+    def weights(self, *, whole: bool = True) -> dict[str, Tensor]:
+        """The block's parameters and buffers, by their names in it; unless they are to be whole,
+        tables may be such that only those rows are made that are looked up."""
+        direct = self._make(list(self.tensors.values()), () if whole else self._tables)
         weights = {local: direct[name] for local, name in self.tensors.items()}
         for assembly in self._assemblies:
-            made = assembly(self._make(assembly.names))
+            made = assembly(self._make(assembly.names, ()))
             weights |= {name.removeprefix(f"{self.path}."): w for name, w in made.items()}
         return weights
 
@@ -99,6 +102,12 @@ def _place(block: nn.Module, name: str) -> tuple[dict, str]:
     path, _, leaf = name.rpartition(".")
     owner = block.get_submodule(path)
     return (owner._parameters if leaf in owner._parameters else owner._buffers), leaf
+
+
+def _is_table(block: nn.Module, name: str) -> bool:
+    """Whether a parameter is an embedding's."""
+    path, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(block.get_submodule(path), nn.Embedding)
 
 
 def with_made_weights(skeleton: Skeleton, make: Make, call: Call) -> nn.Module:

@@ -7,7 +7,7 @@ at a time. A teacher is the same skeleton with one source's own tensors in place
 ones; it costs no extra weights.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
+from mergekit_dam.model.lookup import Lookup
 from mergekit_dam.model.mixture import Mixer, Mixture, agrees, serves
 from mergekit_dam.model.paths import Path, View, arrive, begun, drive
 from mergekit_dam.model.recompute import Recompute, run
@@ -267,10 +268,12 @@ class MergedModel(nn.Module):
         finally:
             self._view = before
 
-    def _make(self, names: Sequence[str]) -> Mapping[str, Tensor]:
-        """Weights of the present view, in the dtype of the forward pass."""
+    def _make(self, names: Sequence[str], tables: Collection[str] = ()) -> Mapping[str, Tensor]:
+        """Weights of the present view, in the dtype of the forward pass; of the merge's tables only
+        the rows that are looked up."""
         if self._view == "merge":
-            return self.merged_weights(names)
+            made = self.merged_weights([name for name in names if name not in tables])
+            return made | {name: self._looked_up(name) for name in tables}
         if isinstance(self._view, int):
             return self._weights.of_source(self._view, names, self.device, self._dtype)
         make = self._average_of if self._view == "average" else self._given
@@ -288,17 +291,27 @@ class MergedModel(nn.Module):
             raise DamError(f"The merge has no tensor {name}, which its model needs.")
         return self._view[name]
 
-    def merged_weights(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Output tensors, rounded as the merge will write them, in the dtype of the forward pass;
-        the gradient passes through."""
-        coefficients = [self._own_coefficients(name) for name in names]
-        made = self._weights.merge(names, coefficients, self._dtype)
+    def merged_weights(self, names: Sequence[str], rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Output tensors, or of each some rows, rounded as the merge will write them, in the dtype
+        of the forward pass; the gradient passes through."""
+        coefficients = [self._own_coefficients(name, rows) for name in names]
+        made = self._weights.merge(names, coefficients, self._dtype, rows)
         return dict(zip(names, made, strict=True))
 
-    def _own_coefficients(self, name: str) -> Tensor:
-        """[n, *B] of the sources that have a tensor."""
-        coefficients, rows = getattr(self, self._names[name]), self._weights[name].rows
-        return coefficients if len(rows) == len(coefficients) else coefficients[list(rows)]
+    def _own_coefficients(self, name: str, rows: Tensor | None) -> Tensor:
+        """[n, *B] of the sources that have a tensor, or of some rows of it."""
+        coefficients, sources = getattr(self, self._names[name]), self._weights[name].rows
+        if len(sources) < len(coefficients):
+            coefficients = coefficients[list(sources)]
+        if rows is None or coefficients.shape[1] == 1:  # one for all rows
+            return coefficients
+        return coefficients.index_select(1, rows)
+
+    def _looked_up(self, name: str) -> Lookup:
+        def make(rows: Tensor | None) -> Tensor:
+            return self.merged_weights([name], rows)[name]
+
+        return Lookup(self._weights[name].shape, self._dtype, self.device, make)
 
 
 def _has_gradients(view: View) -> bool:

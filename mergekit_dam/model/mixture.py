@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mergekit_dam.errors import in_one_line
 from mergekit_dam.model.block import Block
+from mergekit_dam.model.lookup import ASKED
 
 Weights = Mapping[str, Tensor]
 DEVICES = {"cuda"}  # of these types; a CPU gains nothing
@@ -144,9 +145,6 @@ def _unread(owners: Iterable["_Owner"]) -> Iterator[None]:
     finally:
         for owner in owners:
             owner.put_back()
-
-
-ASKED = ("__get__", "size", "dim", "is_floating_point")  # the first is any attribute's
 
 
 class _Hidden(Tensor):

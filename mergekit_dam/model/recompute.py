@@ -16,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.block import Block
+from mergekit_dam.model.lookup import Lookup
 
 Recompute = Literal["block", "weights", "none"]
 
@@ -27,7 +28,7 @@ def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute)
     if recompute == "block":
         with _without_activations(block, calls):
             return block.run_each(calls)
-    weights = block.weights()
+    weights = block.weights(whole=False)
     with _without_weights(block, weights):
         return block.run_each(calls, weights)
 
@@ -103,7 +104,8 @@ def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tenso
 
     The weight is made again in the backward pass, and given back when that has left the block.
     """
-    storages = {w.untyped_storage().data_ptr(): name for name, w in weights.items() if w.numel()}
+    made = {n: w for n, w in weights.items() if not isinstance(w, Lookup) and w.numel()}
+    storages = {weight.untyped_storage().data_ptr(): name for name, weight in made.items()}
     again = _Again(block)
 
     def pack(saved: Tensor) -> Any:
@@ -134,7 +136,7 @@ class _Again:
         if self._weights is None:
             _Again._let_go()
             with torch.no_grad():
-                self._weights = self._block.weights()
+                self._weights = self._block.weights(whole=False)
             _Again._last = self
         return self._weights
 

@@ -117,16 +117,20 @@ class SourceWeights:
         names: Sequence[str],
         coefficients: Sequence[Tensor],  # of each [n, *B], of the n sources that have it
         dtype: torch.dtype,
+        rows: Tensor | None = None,  # of each tensor these alone, by number
     ) -> tuple[Tensor, ...]:
         """The formula, for tensors that are needed together: rounded as the merge will write them,
         given in `dtype`. Gradients are not rounded."""
         written = [self[name].dtype for name in names]
 
-        def again(numbers: Iterable[int]) -> Together:
-            return self._together(tuple(names[number] for number in numbers))
+        def found(names: Iterable[str]) -> Together:
+            inputs = self._together(tuple(names))
+            return inputs if rows is None else Together(own.rows(rows) for own in inputs)
 
-        inputs = self._together(tuple(names))
-        return combine_all(coefficients, inputs, written, stored=dtype, again=again)
+        def again(numbers: Iterable[int]) -> Together:
+            return found(names[number] for number in numbers)
+
+        return combine_all(coefficients, found(names), written, stored=dtype, again=again)
 
     def _together(self, names: tuple[str, ...]) -> Together:
         """Inputs; those that stay on the device are found once."""

@@ -1,0 +1,135 @@
+"""Of an embedding's table only the rows are made that a step looks up: nothing else changes."""
+
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from mergekit.options import MergeOptions
+from torch import nn
+
+from mergekit_dam.config import read_recipe
+from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.model import MergedModel
+from mergekit_dam.model.lookup import Lookup
+
+TABLES = {"gpt2": ["transformer.wte.weight", "transformer.wpe.weight"]}
+WIDTH = 5
+TABLE = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def make(recipe, tmp_path):
+    def make(name: str, **keys) -> MergedModel:
+        models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 3)
+        recipe_ = read_recipe(str(recipe(models[:2], base_model=str(models[2]), **keys)))
+        merged = prepare(recipe_, MergeOptions(quiet=True), device="cpu").merged
+        torch.manual_seed(0)
+        for c in merged.parameters():
+            c.data.uniform_()
+        return merged
+
+    return make
+
+
+def step(merged: MergedModel) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Logits and gradients of rows that repeat tokens, among them the one that pads."""
+    ids = tiny.tokens()
+    ids[:, 3], ids[0, 5:] = 0, 9
+    merged.zero_grad()
+    logits = merged(ids)
+    (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+    return logits.detach(), {n: c.grad for n, c in merged.trained_coefficients().items()}
+
+
+def with_whole_tables(merged: MergedModel) -> MergedModel:
+    for block in merged._blocks:
+        block._tables = []
+    return merged
+
+
+@pytest.mark.parametrize("recompute", ["block", "weights", "none"])
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("llama", {}),
+        ("llama_tied", {"dam": {"granularity": "row"}}),
+        ("gemma3", {"dam": {"granularity": "element"}}),  # scales what it looks up
+        ("gpt2", {"dam": {"granularity": "tensor"}}),
+        ("llama", {"dam": {"formula": "task_vectors"}}),
+        ("llama", {"dam": {"formula": "task_vectors", "sparsify": "ties"}}),
+        ("llama", {"dtype": "bfloat16"}),
+    ],
+)
+def test_logits_and_gradients_are_those_with_whole_tables(make, name, keys, recompute):
+    merged = make(name, **keys)
+    merged.recompute = recompute
+    logits, gradients = step(merged)
+    whole, expected = step(with_whole_tables(merged))
+    assert torch.equal(logits, whole)
+    for tensor, gradient in gradients.items():  # of the table, sums in another order
+        bound = (2e-2 if "dtype" in keys else 1e-5) * expected[tensor].abs().max()
+        assert (gradient - expected[tensor]).abs().max() <= bound, tensor
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
+    merged, whole = make(name), []
+    merged_weights = merged.merged_weights
+    tables = TABLES.get(name, ["model.embed_tokens.weight"])
+    with torch.no_grad():
+        merged.states(tiny.tokens())  # finds out how the model is split
+
+    def counting(names, rows=None):
+        assert rows is None or set(names) <= set(tables)
+        whole.extend(names if rows is None else [])
+        return merged_weights(names, rows)
+
+    monkeypatch.setattr(merged, "merged_weights", counting)
+    merged.states(tiny.tokens()).sum().backward()
+    assert not set(whole) & set(tables)
+    assert whole  # the layers
+
+
+def lookup(asked: list) -> Lookup:
+    def make(rows):
+        asked.append(rows)
+        return TABLE if rows is None else TABLE[rows]
+
+    return Lookup(TABLE.shape, TABLE.dtype, TABLE.device, make)
+
+
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0), (1, 2, 3)])
+def test_ids_of_any_shape(shape):
+    ids, asked = torch.randint(0, len(TABLE), shape), []
+    assert torch.equal(F.embedding(ids, lookup(asked)), F.embedding(ids, TABLE))
+    assert torch.equal(asked[0], ids.flatten())
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda table: F.linear(torch.ones(2, WIDTH), table),
+        lambda table: table[1:3].sum(),
+        lambda table: torch.cat([table, table]),
+        lambda table: F.embedding(torch.tensor([1, 1]), table.clone(), max_norm=0.5),
+        lambda table: F.embedding(torch.tensor([1, 2]), table, scale_grad_by_freq=True),
+    ],
+)
+def test_what_else_computes_with_it_gets_it_whole(compute):
+    asked = []
+    assert torch.equal(compute(lookup(asked)), compute(TABLE))
+    assert asked
+    assert all(rows is None for rows in asked)
+
+
+def test_what_models_ask_of_a_weight_makes_nothing():
+    table, asked = lookup(asked := []), asked
+    module = nn.Embedding(len(TABLE), WIDTH)
+    module._parameters["weight"] = table
+    assert (module.weight.shape, module.weight.dtype) == (TABLE.shape, TABLE.dtype)
+    assert module.weight.device == TABLE.device
+    assert module.weight.size(0) == len(TABLE)
+    assert (module.weight.dim(), module.weight.numel()) == (2, TABLE.numel())
+    assert not asked
+    with torch.no_grad():
+        assert torch.equal(module(torch.tensor([2])), TABLE[2:3])
