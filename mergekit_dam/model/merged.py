@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.formula import combine_all
-from mergekit_dam.inputs import Inputs
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
 from mergekit_dam.model.lookup import Lookup
@@ -276,15 +274,9 @@ class MergedModel(nn.Module):
             return made | {name: self._looked_up(name) for name in tables}
         if isinstance(self._view, int):
             return self._weights.of_source(self._view, names, self.device, self._dtype)
-        make = self._average_of if self._view == "average" else self._given
-        return {name: make(name).to(self.device, self._dtype) for name in names}
-
-    def _average_of(self, name: str) -> Tensor:
-        stack = self._weights[name]
-        sources = stack.sources[: stack.teachers]
-        share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
-        inputs, share = Inputs(sources, None, None), share.to(sources[0].device)
-        return combine_all([share], [inputs], [stack.dtype], stored=self._dtype)[0]
+        if self._view == "average":
+            return {name: self._weights.average(name, self._dtype) for name in names}
+        return {name: self._given(name).to(self.device, self._dtype) for name in names}
 
     def _given(self, name: str) -> Tensor:
         if name not in self._view:
@@ -294,18 +286,9 @@ class MergedModel(nn.Module):
     def merged_weights(self, names: Sequence[str], rows: Tensor | None = None) -> dict[str, Tensor]:
         """Output tensors, or of each some rows, rounded as the merge will write them, in the dtype
         of the forward pass; the gradient passes through."""
-        coefficients = [self._own_coefficients(name, rows) for name in names]
+        coefficients = [getattr(self, self._names[name]) for name in names]
         made = self._weights.merge(names, coefficients, self._dtype, rows)
         return dict(zip(names, made, strict=True))
-
-    def _own_coefficients(self, name: str, rows: Tensor | None) -> Tensor:
-        """[n, *B] of the sources that have a tensor, or of some rows of it."""
-        coefficients, sources = getattr(self, self._names[name]), self._weights[name].rows
-        if len(sources) < len(coefficients):
-            coefficients = coefficients[list(sources)]
-        if rows is None or coefficients.shape[1] == 1:  # one for all rows
-            return coefficients
-        return coefficients.index_select(1, rows)
 
     def _looked_up(self, name: str) -> Lookup:
         def make(rows: Tensor | None) -> Tensor:

@@ -39,6 +39,15 @@ class Stack:
         """The tensor of one source, None where it has none."""
         return self.load_source(self.rows.index(row)) if row in self.rows else None
 
+    def own(self, coefficients: Tensor, numbers: Tensor | None = None) -> Tensor:
+        """[n, *B], of the sources that have this tensor, from those of all [N, *B]; or what of
+        them is for some of its rows."""
+        if len(self.rows) < len(coefficients):
+            coefficients = coefficients[list(self.rows)]
+        if numbers is None or coefficients.shape[1] == 1:  # one for all rows
+            return coefficients
+        return coefficients.index_select(1, numbers)
+
 
 class SourceWeights:
     """All stacks of a plan."""
@@ -115,22 +124,31 @@ class SourceWeights:
     def merge(
         self,
         names: Sequence[str],
-        coefficients: Sequence[Tensor],  # of each [n, *B], of the n sources that have it
+        coefficients: Sequence[Tensor],  # of each [N, *B], of all sources
         dtype: torch.dtype,
         rows: Tensor | None = None,  # of each tensor these alone, by number
     ) -> tuple[Tensor, ...]:
         """The formula, for tensors that are needed together: rounded as the merge will write them,
         given in `dtype`. Gradients are not rounded."""
+        own = [self[n].own(c, rows) for n, c in zip(names, coefficients, strict=True)]
         written = [self[name].dtype for name in names]
 
         def found(names: Iterable[str]) -> Together:
             inputs = self._together(tuple(names))
-            return inputs if rows is None else Together(own.rows(rows) for own in inputs)
+            return inputs if rows is None else Together(i.rows(rows) for i in inputs)
 
         def again(numbers: Iterable[int]) -> Together:
             return found(names[number] for number in numbers)
 
-        return combine_all(coefficients, found(names), written, stored=dtype, again=again)
+        return combine_all(own, found(names), written, stored=dtype, again=again)
+
+    def average(self, name: str, dtype: torch.dtype) -> Tensor:
+        """Of the sources that teach, rounded likewise."""
+        stack = self[name]
+        sources = stack.sources[: stack.teachers]
+        share = torch.full((len(sources), *[1] * len(stack.shape)), 1 / len(sources))
+        inputs, share = Inputs(sources, None, None), share.to(sources[0].device)
+        return combine_all([share], [inputs], [stack.dtype], stored=dtype)[0]
 
     def _together(self, names: tuple[str, ...]) -> Together:
         """Inputs; those that stay on the device are found once."""
