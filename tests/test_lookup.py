@@ -90,6 +90,13 @@ def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
     assert whole  # the layers
 
 
+@pytest.mark.parametrize("granularity, is_whole", [("tensor", False), ("row", True)])
+def test_rows_with_coefficients_of_their_own_are_made_with_the_others(make, granularity, is_whole):
+    merged = make("llama", dam={"granularity": granularity})
+    (table,) = merged.model.model.embed_tokens.weights(whole=False).values()
+    assert isinstance(table, Lookup) != is_whole
+
+
 def lookup(asked: list) -> Lookup:
     def make(rows):
         asked.append(rows)

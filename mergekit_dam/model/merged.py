@@ -268,8 +268,10 @@ class MergedModel(nn.Module):
 
     def _make(self, names: Sequence[str], tables: Collection[str] = ()) -> Mapping[str, Tensor]:
         """Weights of the present view, in the dtype of the forward pass; of the merge's tables only
-        the rows that are looked up."""
+        the rows that are looked up, where these share their coefficients. (Gradients of those that
+        do not would be scattered, which a GPU adds up in any order.)"""
         if self._view == "merge":
+            tables = [name for name in tables if getattr(self, self._names[name]).shape[1] == 1]
             made = self.merged_weights([name for name in names if name not in tables])
             return made | {name: self._looked_up(name) for name in tables}
         if isinstance(self._view, int):

@@ -39,14 +39,11 @@ class Stack:
         """The tensor of one source, None where it has none."""
         return self.load_source(self.rows.index(row)) if row in self.rows else None
 
-    def own(self, coefficients: Tensor, numbers: Tensor | None = None) -> Tensor:
-        """[n, *B], of the sources that have this tensor, from those of all [N, *B]; or what of
-        them is for some of its rows."""
-        if len(self.rows) < len(coefficients):
-            coefficients = coefficients[list(self.rows)]
-        if numbers is None or coefficients.shape[1] == 1:  # one for all rows
-            return coefficients
-        return coefficients.index_select(1, numbers)
+    def own(self, coefficients: Tensor) -> Tensor:
+        """[n, *B], of the sources that have this tensor, from those of all [N, *B]."""
+        return (
+            coefficients if len(self.rows) == len(coefficients) else coefficients[list(self.rows)]
+        )
 
 
 class SourceWeights:
@@ -126,11 +123,11 @@ class SourceWeights:
         names: Sequence[str],
         coefficients: Sequence[Tensor],  # of each [N, *B], of all sources
         dtype: torch.dtype,
-        rows: Tensor | None = None,  # of each tensor these alone, by number
+        rows: Tensor | None = None,  # these alone, by number, whose coefficients are the same
     ) -> tuple[Tensor, ...]:
         """The formula, for tensors that are needed together: rounded as the merge will write them,
         given in `dtype`. Gradients are not rounded."""
-        own = [self[n].own(c, rows) for n, c in zip(names, coefficients, strict=True)]
+        own = [self[n].own(c) for n, c in zip(names, coefficients, strict=True)]
         written = [self[name].dtype for name in names]
 
         def found(names: Iterable[str]) -> Together:
