@@ -1,7 +1,7 @@
 """What tensors of the merge are made of."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -26,9 +26,13 @@ class Inputs:
             None if self.prepared is None else tuple(map(change, self.prepared)),
         )
 
-    def rows(self, numbers: Tensor) -> "Inputs":
-        """Copies of some rows of each."""
-        return self.each(lambda tensor: tensor.index_select(0, numbers))
+    def looked_up(self, ids: Tensor | None) -> "Inputs":
+        """Copies of some rows, of each tensor that the formula reads; by default all, as they
+        are."""
+        if ids is None:
+            return self
+        read = Inputs(self.parts[0], self.base, None).each(lambda t: t.index_select(0, ids))
+        return read if self.prepared is None else replace(read, prepared=read.sources)
 
 
 class Together(tuple[Inputs, ...]):

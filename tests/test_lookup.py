@@ -1,5 +1,7 @@
 """Of an embedding's table only the rows are made that a step looks up: nothing else changes."""
 
+from collections import Counter
+
 import pytest
 import tiny
 import torch
@@ -73,7 +75,7 @@ def test_logits_and_gradients_are_those_with_whole_tables(make, name, keys, reco
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
-    merged, whole = make(name), []
+    merged, whole, times = make(name), [], Counter()
     merged_weights = merged.merged_weights
     tables = TABLES.get(name, ["model.embed_tokens.weight"])
     with torch.no_grad():
@@ -82,10 +84,12 @@ def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
     def counting(names, rows=None):
         assert rows is None or set(names) <= set(tables)
         whole.extend(names if rows is None else [])
+        times.update([] if rows is None else names)
         return merged_weights(names, rows)
 
     monkeypatch.setattr(merged, "merged_weights", counting)
     merged.states(tiny.tokens()).sum().backward()
+    assert times == dict.fromkeys(tables, 1)  # with a padding id, too, nothing is looked up again
     assert not set(whole) & set(tables)
     assert whole  # the layers
 
@@ -118,6 +122,9 @@ def test_ids_of_any_shape(shape):
         lambda table: F.linear(torch.ones(2, WIDTH), table),
         lambda table: table[1:3].sum(),
         lambda table: torch.cat([table, table]),
+        lambda table: torch.ones(2, WIDTH) @ table.T,
+        lambda table: table.mT.sum(),
+        lambda table: F.linear(torch.ones(2, WIDTH), table.data),
         lambda table: F.embedding(torch.tensor([1, 1]), table.clone(), max_norm=0.5),
         lambda table: F.embedding(torch.tensor([1, 2]), table, scale_grad_by_freq=True),
     ],

@@ -14,13 +14,12 @@ from typing import NamedTuple
 import torch
 import triton.language as tl
 
-from mergekit_dam.kernels.layout import MERGED, SUMMED, Layout, layout_of, power_of_2
+from mergekit_dam.kernels.layout import MERGED, REMEMBERED, SUMMED, Layout, layout_of, power_of_2
 
 ALIGNED = 16  # bytes of an address, and numbers of the axis side by side, for the widest loads
 FEWEST, MOST = 8, 256  # tensors of a group; kernels are compiled for each power of 2 of columns
 FEW = 64  # tensors with so many times fewer numbers than others take their tiles, to go with them
 NOBODY = 2**62  # a program that no tensor has
-REMEMBERED = 1024  # blocks' divisions
 DTYPES = {getattr(torch, n): getattr(tl, n) for n in ("float16", "bfloat16", "float32", "float64")}
 
 

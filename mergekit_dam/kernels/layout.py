@@ -11,6 +11,7 @@ from torch import Tensor
 # the axis whose numbers lie side by side, so many of them. Of ten choices 1,024 side by side were
 # the fastest on an H200; they spill registers on other GPUs, 512 do not.
 MERGED, SUMMED, SIDE = 2048, 2048, 512
+REMEMBERED = 1024  # divisions; of what is looked up there is one for each number of rows
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-@functools.cache
+@functools.lru_cache(REMEMBERED)
 def layout_of(shape: tuple[int, ...], broadcast: tuple[int, ...], numbers: int) -> Layout:
     """Of a contiguous tensor of a shape S, with coefficients [*B], in tiles of `numbers`."""
     stack, kept, summed, is_side, is_expanded = _axes(shape, padded(broadcast, shape))

@@ -4,7 +4,8 @@ A step looks up a few thousand rows of a vocabulary of perhaps 150,000, whose ta
 of a small model's weights: made whole it would be read, and its gradient summed, for nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,16 @@ from torch.utils._pytree import tree_map_only
 
 # What models ask of a weight without computing with it; the first is any attribute's.
 ASKED = ("__get__", "size", "dim", "numel", "is_floating_point")
+
+
+def told(function: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """What a weight tells that has no numbers: its shape, its dtype, its device. NotImplemented
+    where these are wanted, as by the attributes `T` and `data`."""
+    if function.__name__ not in ASKED:
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        answer = function(*args)
+    return NotImplemented if isinstance(answer, Tensor) else answer
 
 
 class Lookup(Tensor):
@@ -40,9 +51,8 @@ class Lookup(Tensor):
         kwargs = kwargs or {}
         if function is F.embedding and _is_plain(**kwargs):
             return _looked_up(*args, padding=kwargs.get("padding_idx"))
-        if function.__name__ in ASKED:
-            with torch._C.DisableTorchFunctionSubclass():
-                return function(*args)
+        if (answer := told(function, args)) is not NotImplemented:
+            return answer
         args, kwargs = tree_map_only(Lookup, lambda table: table.make(None), (args, kwargs))
         return function(*args, **kwargs)
 
@@ -55,6 +65,7 @@ def _is_plain(max_norm=None, scale_grad_by_freq=False, sparse=False, **_others) 
 def _looked_up(ids: Tensor, table: Lookup, *, padding: int | None) -> Tensor:  # [.., width]
     found = table.make(ids.flatten())
     found = found.view(*ids.shape, found.shape[-1])
-    if padding is None or not found.requires_grad:
-        return found
-    return torch.where((ids == padding).unsqueeze(-1), found.detach(), found)
+    if padding is not None and found.requires_grad:
+        is_padding = (ids == padding).unsqueeze(-1)
+        found.register_hook(lambda gradient: gradient.masked_fill(is_padding, 0))
+    return found

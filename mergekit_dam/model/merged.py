@@ -94,11 +94,8 @@ class MergedModel(nn.Module):
 
     def regularised(self) -> list[Tensor]:
         """Each trained tensor's coefficients [n, *B], of the n sources that teach and have it."""
-        return [
-            c if len(rows) == len(c) else c[list(rows)]
-            for name, c in self.trained_coefficients().items()
-            for rows in [self._weights[name].rows[: self._weights[name].teachers]]
-        ]
+        found = ((self._weights[n], c) for n, c in self.trained_coefficients().items())
+        return [stack.own(c, stack.teachers) for stack, c in found]
 
     def not_finite(self) -> tuple[int, str] | None:
         """(source, output tensor) of the sources' first weight that is NaN or infinite."""
@@ -285,16 +282,16 @@ class MergedModel(nn.Module):
             raise DamError(f"The merge has no tensor {name}, which its model needs.")
         return self._view[name]
 
-    def merged_weights(self, names: Sequence[str], rows: Tensor | None = None) -> dict[str, Tensor]:
+    def merged_weights(self, names: Sequence[str], ids: Tensor | None = None) -> dict[str, Tensor]:
         """Output tensors, or of each some rows, rounded as the merge will write them, in the dtype
         of the forward pass; the gradient passes through."""
         coefficients = [getattr(self, self._names[name]) for name in names]
-        made = self._weights.merge(names, coefficients, self._dtype, rows)
+        made = self._weights.merge(names, coefficients, self._dtype, ids)
         return dict(zip(names, made, strict=True))
 
     def _looked_up(self, name: str) -> Lookup:
-        def make(rows: Tensor | None) -> Tensor:
-            return self.merged_weights([name], rows)[name]
+        def make(ids: Tensor | None) -> Tensor:
+            return self.merged_weights([name], ids)[name]
 
         return Lookup(self._weights[name].shape, self._dtype, self.device, make)
 

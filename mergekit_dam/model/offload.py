@@ -33,8 +33,9 @@ class Held:
     def group(self, groups: Iterable[Collection[str]]) -> None:
         """Which tensors are needed together."""
 
-    def get(self, name: str) -> Inputs:
-        return self._inputs[name]
+    def get(self, name: str, ids: Tensor | None = None) -> Inputs:
+        """On the device; with `ids` these rows alone."""
+        return self._inputs[name].looked_up(ids)
 
     def source(self, name: str, index: int) -> Tensor:
         """One source's alone, by its place in `Inputs.sources`."""
@@ -62,8 +63,9 @@ class OnDisk:
             self._present = self._read(self._groups[name])
         return self._present[name]
 
-    def get(self, name: str) -> Inputs:
-        return self._gathered(name).each(lambda tensor: tensor.to(self._device))
+    def get(self, name: str, ids: Tensor | None = None) -> Inputs:
+        wanted = self._gathered(name).looked_up(None if ids is None else ids.cpu())
+        return wanted.each(lambda tensor: tensor.to(self._device))
 
     def source(self, name: str, index: int) -> Tensor:
         return self._gathered(name).sources[index].to(self._device)
@@ -126,8 +128,8 @@ class InHostMemory:
         for names in map(tuple, groups):
             self._groups |= dict.fromkeys(names, names)
 
-    def get(self, name: str) -> Inputs:
-        return self._on_device((self._groups[name], None))[name]
+    def get(self, name: str, ids: Tensor | None = None) -> Inputs:
+        return self._on_device((self._groups[name], None))[name].looked_up(ids)
 
     def source(self, name: str, index: int) -> Tensor:
         """Of a copy of all sources, where one is there."""

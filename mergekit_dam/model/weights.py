@@ -24,7 +24,7 @@ class Stack:
     teachers: int  # how many of these teach; a base that does not is the last
     shape: torch.Size
     dtype: torch.dtype  # in which the merge writes the result
-    load: Callable[[], Inputs]  # to the device
+    load: Callable[..., Inputs]  # to the device; with numbers of rows these alone
     load_source: Callable[[int], Tensor]  # one of them alone
 
     @property
@@ -39,11 +39,11 @@ class Stack:
         """The tensor of one source, None where it has none."""
         return self.load_source(self.rows.index(row)) if row in self.rows else None
 
-    def own(self, coefficients: Tensor) -> Tensor:
-        """[n, *B], of the sources that have this tensor, from those of all [N, *B]."""
-        return (
-            coefficients if len(self.rows) == len(coefficients) else coefficients[list(self.rows)]
-        )
+    def own(self, coefficients: Tensor, count: int | None = None) -> Tensor:
+        """[n, *B], of the sources that have this tensor or of so many of them, from those of all
+        [N, *B]."""
+        rows = self.rows[:count]
+        return coefficients if len(rows) == len(coefficients) else coefficients[list(rows)]
 
 
 class SourceWeights:
@@ -123,7 +123,7 @@ class SourceWeights:
         names: Sequence[str],
         coefficients: Sequence[Tensor],  # of each [N, *B], of all sources
         dtype: torch.dtype,
-        rows: Tensor | None = None,  # these alone, by number, whose coefficients are the same
+        ids: Tensor | None = None,  # of rows that share their coefficients: these alone
     ) -> tuple[Tensor, ...]:
         """The formula, for tensors that are needed together: rounded as the merge will write them,
         given in `dtype`. Gradients are not rounded."""
@@ -131,8 +131,9 @@ class SourceWeights:
         written = [self[name].dtype for name in names]
 
         def found(names: Iterable[str]) -> Together:
-            inputs = self._together(tuple(names))
-            return inputs if rows is None else Together(i.rows(rows) for i in inputs)
+            if ids is None:
+                return self._together(tuple(names))
+            return Together(self[name].load(ids) for name in names)
 
         def again(numbers: Iterable[int]) -> Together:
             return found(names[number] for number in numbers)
