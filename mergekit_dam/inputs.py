@@ -6,6 +6,11 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 
+def looked_up(tensor: Tensor, ids: Tensor | None) -> Tensor:
+    """A copy of some rows; by default all, as they are."""
+    return tensor if ids is None else tensor.index_select(0, ids)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """The tensors of one output tensor, each of shape S."""
@@ -31,7 +36,7 @@ class Inputs:
         are."""
         if ids is None:
             return self
-        read = Inputs(self.parts[0], self.base, None).each(lambda t: t.index_select(0, ids))
+        read = Inputs(self.parts[0], self.base, None).each(lambda tensor: looked_up(tensor, ids))
         return read if self.prepared is None else replace(read, prepared=read.sources)
 
 

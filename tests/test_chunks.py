@@ -103,11 +103,11 @@ def test_only_predicted_positions_reach_the_head_a_few_at_a_time(
         return run_with(block, weights, *args, **kwargs)
 
     made = []
-    merged_weights = merged.merged_weights
+    merged_weights = merged._views.merged
     monkeypatch.setattr(Block, "run_with", counting)
     monkeypatch.setattr(
-        merged,
-        "merged_weights",
+        merged._views,
+        "merged",
         lambda names, *rows: made.extend(names) or merged_weights(names, *rows),
     )
     distil(**batch(ROWS, SOURCES))["loss"].backward()

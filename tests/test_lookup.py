@@ -1,5 +1,6 @@
 """Of an embedding's table only the rows are made that a step looks up: nothing else changes."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -17,12 +18,15 @@ from mergekit_dam.model.lookup import Lookup
 TABLES = {"gpt2": ["transformer.wte.weight", "transformer.wpe.weight"]}
 WIDTH = 5
 TABLE = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
+ROWS = 256  # of a vocabulary, of which a few are looked up
 
 
 @pytest.fixture
 def make(recipe, tmp_path):
     def make(name: str, **keys) -> MergedModel:
-        models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 3)
+        config = copy.deepcopy(tiny.CONFIGS[name])
+        config.vocab_size = ROWS
+        models = tiny.save_models(tmp_path, config, 3)
         recipe_ = read_recipe(str(recipe(models[:2], base_model=str(models[2]), **keys)))
         merged = prepare(recipe_, MergeOptions(quiet=True), device="cpu").merged
         torch.manual_seed(0)
@@ -76,7 +80,8 @@ def test_logits_and_gradients_are_those_with_whole_tables(make, name, keys, reco
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
 def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
     merged, whole, times = make(name), [], Counter()
-    merged_weights = merged.merged_weights
+    merged.recompute = "block"
+    merged_weights = merged._views.merged
     tables = TABLES.get(name, ["model.embed_tokens.weight"])
     with torch.no_grad():
         merged.states(tiny.tokens())  # finds out how the model is split
@@ -87,9 +92,11 @@ def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
         times.update([] if rows is None else names)
         return merged_weights(names, rows)
 
-    monkeypatch.setattr(merged, "merged_weights", counting)
+    monkeypatch.setattr(merged._views, "merged", counting)
     merged.states(tiny.tokens()).sum().backward()
-    assert times == dict.fromkeys(tables, 1)  # with a padding id, too, nothing is looked up again
+    assert times == dict.fromkeys(
+        tables, 2 if name == "gemma2" else 1
+    )  # its scale asks for it again
     assert not set(whole) & set(tables)
     assert whole  # the layers
 
@@ -101,12 +108,12 @@ def test_rows_with_coefficients_of_their_own_are_made_with_the_others(make, gran
     assert isinstance(table, Lookup) != is_whole
 
 
-def lookup(asked: list) -> Lookup:
+def lookup(asked: list, table: torch.Tensor = TABLE) -> Lookup:
     def make(rows):
         asked.append(rows)
-        return TABLE if rows is None else TABLE[rows]
+        return table * 1 if rows is None else table[rows]
 
-    return Lookup(TABLE.shape, TABLE.dtype, TABLE.device, make)
+    return Lookup(table.shape, table.dtype, table.device, 6, make)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0), (1, 2, 3)])
@@ -114,6 +121,59 @@ def test_ids_of_any_shape(shape):
     ids, asked = torch.randint(0, len(TABLE), shape), []
     assert torch.equal(F.embedding(ids, lookup(asked)), F.embedding(ids, TABLE))
     assert torch.equal(asked[0], ids.flatten())
+
+
+@pytest.mark.parametrize("padding", [0, 6, -1, -7])
+def test_a_row_that_pads_has_no_gradient(padding):
+    ids, gradients = torch.tensor([0, 3, 6, 3]), []
+    for own in (TABLE.clone().requires_grad_(), TABLE.clone().requires_grad_()):
+        table = own if gradients else lookup([], own)
+        (F.embedding(ids, table, padding_idx=padding) * TABLE[:4]).sum().backward()
+        gradients.append(own.grad)
+    assert torch.equal(*gradients)
+
+
+def test_of_many_rows_the_table_is_made_once():
+    """Also where who asks first wants no gradient."""
+    table, asked = TABLE.clone().requires_grad_(), []
+    ids, own = torch.randint(0, len(TABLE), (5,)), lookup(asked, table)
+    with torch.no_grad():
+        for _ in range(3):  # 6 may be looked up
+            assert torch.equal(F.embedding(ids, own), F.embedding(ids, TABLE))
+    (F.embedding(ids, own).sum() + F.linear(TABLE, own).sum()).backward()
+    assert torch.equal(asked[0], ids)
+    assert asked[1:] == [None]
+    expected = TABLE.clone().requires_grad_()
+    (F.embedding(ids, expected).sum() + F.linear(TABLE, expected).sum()).backward()
+    assert torch.equal(table.grad, expected.grad)
+
+
+@pytest.mark.parametrize("formula, most", [("weights", ROWS // 4), ("task_vectors", ROWS // 4)])
+def test_rows_are_few_if_they_take_less_than_the_table(make, monkeypatch, formula, most):
+    """Of each input, and made."""
+    merged, asked = make("llama", dam={"formula": formula}), []
+    made = merged._views.merged
+
+    def counting(names, ids=None):
+        asked.append((names, ids))
+        return made(names, ids)
+
+    monkeypatch.setattr(merged._views, "merged", counting)
+    for count in (most, most + 1):
+        merged(torch.zeros(1, count, dtype=torch.long))
+    tables = [ids for names, ids in asked if names == ["model.embed_tokens.weight"]]
+    assert len(tables[0]) == most
+    assert tables[1:] == [None]
+
+
+@pytest.mark.parametrize("keys", [{"offload": "disk"}, {"compute_dtype": "bfloat16"}, {}])
+def test_so_is_a_teachers_table_where_it_would_be_copied(make, keys):
+    merged, ids = make("llama", dam=keys), tiny.tokens()
+    embedding = merged.model.model.embed_tokens
+    with merged.speaking_as(1), torch.no_grad():
+        (table,) = embedding.weights(whole=False).values()
+        assert isinstance(table, Lookup) == bool(keys)
+        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weights()["weight"]))
 
 
 @pytest.mark.parametrize(

@@ -53,6 +53,14 @@ STEPS = {
     "window": (transformers.Gemma3TextConfig(**SMALL, head_dim=64, sliding_window=48), 400),
     "every pair of tokens": (transformers.Gemma2Config(**SMALL, head_dim=64), 400),  # eager
     "head": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 32_000}), 8),
+    "tables": (  # one for the inputs of each layer
+        transformers.Gemma4TextConfig(
+            **{**SMALL, "num_hidden_layers": 4}, head_dim=64, global_head_dim=64,
+            hidden_size_per_layer_input=64, vocab_size_per_layer_input=16_384, sliding_window=600,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        128,
+    ),
     "gpt2": (
         transformers.GPT2Config(
             vocab_size=512, n_embd=128, n_layer=2, n_head=2, n_positions=256, bos_token_id=1,
@@ -128,7 +136,7 @@ def test_so_does_one_whose_sources_teach_together(recipe, tmp_path, monkeypatch,
     compare(recipe, tmp_path, name, {})
 
 
-@pytest.mark.parametrize("name", ["activations", "depth", "vocabulary", "head"])
+@pytest.mark.parametrize("name", ["activations", "depth", "vocabulary", "head", "tables"])
 @pytest.mark.parametrize(
     "dtype, computed",
     [("bfloat16", "float32"), ("float16", "bfloat16"), ("float32", "bfloat16")],
@@ -151,6 +159,12 @@ def test_so_do_other_terms(recipe, tmp_path, terms):
 @pytest.mark.parametrize("granularity", ["element", "row"])
 def test_so_does_the_optimiser(recipe, tmp_path, granularity, basis):
     compare(recipe, tmp_path, "weights", {"granularity": granularity, "basis": basis})
+
+
+@pytest.mark.parametrize("granularity", ["row", "tensor"])
+def test_so_do_tables(recipe, tmp_path, granularity):
+    """The whole, or rows that are looked up."""
+    compare(recipe, tmp_path, "tables", {"granularity": granularity})
 
 
 @pytest.mark.parametrize("name", ["activations", "depth", "chunks", "head"])
@@ -177,6 +191,7 @@ STARTS = {
     "every pair of tokens": (300, 4, False),
     "head": (8, 8, True),
     "gpt2": (100, 8, True),
+    "tables": (64, 8, True),
 }
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
@@ -13,7 +14,7 @@ from mergekit_dam.fit.device import choose_dtype
 from mergekit_dam.fit.memory import Needs, needs
 from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
-from mergekit_dam.fit.start import choose_start, counts, trained_tensors
+from mergekit_dam.fit.start import choose_start, foreseen_shapes, trained_tensors
 from mergekit_dam.fit.workload import Workload, workload
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import start_needs
@@ -55,7 +56,8 @@ class Outline:
 
     def foresee(self, settings: Settings) -> Forecast:
         plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
-        numbers = counts(plan, settings, shapes, skeleton)
+        of_one = foreseen_shapes(settings, shapes, skeleton)
+        numbers = {name: len(plan.sources) * prod(shape) for name, shape in of_one.items()}
         names = trained_tensors(skeleton, settings)
         trained = sum(numbers.get(name, 0) for name in names)
         dtype = choose_dtype(settings, shapes.dtypes(), self.device)
@@ -71,6 +73,8 @@ class Outline:
             settings.objective,
             device=self.device,
             is_cast=is_cast,
+            inputs=len(plan.sources) + subtracts(settings),
+            shapes=of_one,
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
             trust_remote_code=trust_remote_code,
@@ -98,6 +102,11 @@ class Outline:
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place
+
+
+def subtracts(settings: Settings) -> bool:
+    """Whether a base is read to merge; of sparsified task vectors it is not."""
+    return settings.formula == "task_vectors" and settings.sparsify == "task_arithmetic"
 
 
 def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, int]:

@@ -1,9 +1,11 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from mergekit_dam.config.settings import Objective
@@ -12,6 +14,7 @@ from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.model.lookup import few
 from mergekit_dam.model.mixture import serves
 
 # Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
@@ -28,9 +31,10 @@ class Needs:
     widest: int  # of one source's rows
     kept: Activations  # for each token
     states: int  # the final hidden states of the tokens
-    blocks: int  # the merged weights of all blocks but embedding and head
+    blocks: int  # the merged weights of all blocks but embeddings and head
     block: int  # of the largest of them
     matrix: int  # its largest tensor
+    table: int = 0  # of an embedding, the rows of its inputs and the merged ones, or all of these
     head: int = 0  # the head's merged weights, and a source's where they are a copy
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
@@ -41,14 +45,14 @@ class Needs:
 
     def of(self, recompute: Recompute) -> int:
         """The peak: in a teacher's block, while the head's losses are computed, gradients of a
-        block's weights, or the optimiser's step."""
+        block's weights, those of an embedding, which come last, or the optimiser's step."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
         held = self.blocks if recompute == "none" else 0
         taught = 4 * self.taught * self.kept.widest  # what a block makes and does not keep
         at_head = self.head + self.losses + 3 * self.states
         passing = max(taught, at_head, self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
-        return int(self.optimizer + max(step, self.update))
+        return int(self.optimizer + max(step, self.coefficients + self.table, self.update))
 
     def _in_a_block(self, recompute: Recompute) -> float:
         largest, passing = self.tokens * self.kept.largest, 2 * self.tokens * self.kept.widest
@@ -68,17 +72,26 @@ def needs(
     *,
     device: str,
     is_cast: bool,  # the passes are in another dtype than the sources
+    inputs: int,  # the sources, and the base that the formula subtracts
+    shapes: Mapping[str, Sequence[int]],  # output tensor -> [*B], of its coefficients
     coefficients: int,  # how many are trained
     optimizer: tuple[int, int],  # see `optimizer.memory`
     trust_remote_code: bool,
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    own = [block for _, block in skeleton.blocks() if not any(block is end for end in ends)]
+    inner = {p: b for p, b in skeleton.blocks() if not any(b is end for end in ends)}
+    names = {path: skeleton.tensors.get(f"{path}.weight") for path in inner}
+    tables = {p: b for p, b in inner.items() if isinstance(b, nn.Embedding) and names[p]}
+    own = [block for path, block in inner.items() if path not in tables]
     sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in own]
     text = config.get_text_config()
     vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
     largest = own[sizes.index(max(sizes))]
+    looked_up = [
+        _numbers(table.weight, inputs, tokens, shapes[names[path]])
+        for path, table in tables.items()
+    ]
     return Needs(
         tokens=tokens,
         widest=work.widest,
@@ -88,6 +101,7 @@ def needs(
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
+        table=max(looked_up, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
         coefficients=3 * 4 * coefficients,
@@ -95,6 +109,14 @@ def needs(
         update=max(optimizer[1], 5 * 4 * coefficients),
         parameters=sum(sizes) + vocabulary * width,
     )
+
+
+def _numbers(table: torch.Tensor, inputs: int, tokens: int, coefficients: Sequence[int]) -> int:
+    """Of the rows that are looked up of a table, in each of its inputs and merged; where they are
+    many, or have coefficients of their own, of the whole."""
+    rows, width = table.shape
+    is_whole = coefficients[0] != 1 or tokens > few(rows, inputs)
+    return width * (rows if is_whole else tokens * (inputs + 1))
 
 
 def _at_head(

@@ -3,7 +3,6 @@ another fit's coefficients."""
 
 import os
 from collections.abc import Iterator, Sequence
-from math import prod
 
 import torch
 from mergekit.common import ModelReference
@@ -139,15 +138,15 @@ def shape_of(
     )
 
 
-def counts(
-    plan: Plan, settings: Settings, shapes: HeaderShapes, skeleton: Skeleton
-) -> dict[str, int]:
-    """Output tensor -> numbers that its coefficients have, of all sources together."""
+def foreseen_shapes(
+    settings: Settings, shapes: HeaderShapes, skeleton: Skeleton
+) -> dict[str, tuple[int, ...]]:
+    """`shape_of` each output tensor [*B], from the headers of the sources' files."""
     found = {}
     for name in shapes.names():
         role = skeleton.roles.get(name)
         shape = role.shape if role else shapes.shape(name) or ()
-        found[name] = len(plan.sources) * prod(shape_of(name, shape, skeleton, settings))
+        found[name] = shape_of(name, shape, skeleton, settings)
     return found
 
 

@@ -139,9 +139,8 @@ class _Walk:
         ]
         if not found:
             return
-        own = self._merged.block_weights(block, "merge")
         few = min(self.pairs, key=lambda pair: pair.real.numel()).merge.arrival
-        groups = list(in_order(block, own, found, few))
+        groups = list(in_order(block, self._merged.block_weights(block, "merge"), found, few))
         for members, following in zip(groups, [*groups[1:], None], strict=True):
             own = self._merged.block_weights(block, "merge")
             point = following[0] if following else None
@@ -150,6 +149,7 @@ class _Walk:
             for layer, fit, check in self._objectives(group, own, sources):
                 self._set(layer, fit, check)
                 self.solved.update(layer.tensors)
+            del own  # before it is made again
 
     def _objectives(
         self, group: Group, own: BlockWeights, sources: Sequence[BlockWeights]

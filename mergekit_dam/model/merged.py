@@ -14,15 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mergekit_dam.errors import DamError
 from mergekit_dam.model.block import Block, Call, with_made_weights
 from mergekit_dam.model.head import Head
-from mergekit_dam.model.lookup import Lookup
 from mergekit_dam.model.mixture import Mixer, Mixture, agrees, serves
-from mergekit_dam.model.paths import Path, View, arrive, begun, drive
+from mergekit_dam.model.paths import Path, arrive, begun, drive
 from mergekit_dam.model.recompute import Recompute, run
 from mergekit_dam.model.skeleton import Skeleton, set_places
 from mergekit_dam.model.split import Split
+from mergekit_dam.model.views import View, Views
 from mergekit_dam.model.weights import SourceWeights, Stack
 
 
@@ -45,7 +44,7 @@ class MergedModel(nn.Module):
             self.register_parameter(self._names[name], parameter)
         self._weights, self._dtype = weights, dtype
         self._teachers = dict(teachers or {})
-        self._device = torch.device("cpu")
+        self._views = Views(weights, lambda name: getattr(self, self._names[name]), dtype)
         self._view: View = "merge"  # whose weights the blocks get
         self._intercept: Call | None = None
         self.recompute: Recompute = "block"
@@ -71,8 +70,8 @@ class MergedModel(nn.Module):
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
                 module._buffers[name] = None if buffer is None else fn(buffer)
-        self._device = fn(torch.zeros(())).device
-        set_places(self.model, self._device)
+        self._views.device = fn(torch.zeros(())).device
+        set_places(self.model, self.device)
         self._mixer = Mixer()
         for teacher in self._teachers.values():
             teacher._apply(fn, recurse)
@@ -90,7 +89,7 @@ class MergedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self._device
+        return self._views.device
 
     def regularised(self) -> list[Tensor]:
         """Each trained tensor's coefficients [n, *B], of the n sources that teach and have it."""
@@ -177,8 +176,8 @@ class MergedModel(nn.Module):
         """Whether rows of several sources go through it in one pass, whose view is a `Mixture`;
         tried once, on a few tokens."""
         if self._mixer.works is None:
-            may = not self._teachers and serves(self._device) and self._has_no_copies()
-            self._mixer.works = may and agrees(self._side_by_side, self.vocabulary, self._device)
+            may = not self._teachers and serves(self.device) and self._has_no_copies()
+            self._mixer.works = may and agrees(self._side_by_side, self.vocabulary, self.device)
         return self._mixer.works
 
     def _has_no_copies(self) -> bool:
@@ -264,36 +263,8 @@ class MergedModel(nn.Module):
             self._view = before
 
     def _make(self, names: Sequence[str], tables: Collection[str] = ()) -> Mapping[str, Tensor]:
-        """Weights of the present view, in the dtype of the forward pass; of the merge's tables only
-        the rows that are looked up, where these share their coefficients. (Gradients of those that
-        do not would be scattered, which a GPU adds up in any order.)"""
-        if self._view == "merge":
-            tables = [name for name in tables if getattr(self, self._names[name]).shape[1] == 1]
-            made = self.merged_weights([name for name in names if name not in tables])
-            return made | {name: self._looked_up(name) for name in tables}
-        if isinstance(self._view, int):
-            return self._weights.of_source(self._view, names, self.device, self._dtype)
-        if self._view == "average":
-            return {name: self._weights.average(name, self._dtype) for name in names}
-        return {name: self._given(name).to(self.device, self._dtype) for name in names}
-
-    def _given(self, name: str) -> Tensor:
-        if name not in self._view:
-            raise DamError(f"The merge has no tensor {name}, which its model needs.")
-        return self._view[name]
-
-    def merged_weights(self, names: Sequence[str], ids: Tensor | None = None) -> dict[str, Tensor]:
-        """Output tensors, or of each some rows, rounded as the merge will write them, in the dtype
-        of the forward pass; the gradient passes through."""
-        coefficients = [getattr(self, self._names[name]) for name in names]
-        made = self._weights.merge(names, coefficients, self._dtype, ids)
-        return dict(zip(names, made, strict=True))
-
-    def _looked_up(self, name: str) -> Lookup:
-        def make(ids: Tensor | None) -> Tensor:
-            return self.merged_weights([name], ids)[name]
-
-        return Lookup(self._weights[name].shape, self._dtype, self.device, make)
+        """As the present view has them."""
+        return self._views.weights(self._view, names, tables)
 
 
 def _has_gradients(view: View) -> bool:

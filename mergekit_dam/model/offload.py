@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.inputs import Inputs
+from mergekit_dam.inputs import Inputs, looked_up
 
 Offload = Literal["none", "cpu", "disk"]
 ALIGNMENT = 512  # bytes, of a tensor in an arena
@@ -37,9 +37,9 @@ class Held:
         """On the device; with `ids` these rows alone."""
         return self._inputs[name].looked_up(ids)
 
-    def source(self, name: str, index: int) -> Tensor:
+    def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
         """One source's alone, by its place in `Inputs.sources`."""
-        return self._inputs[name].sources[index]
+        return looked_up(self._inputs[name].sources[index], ids)
 
 
 class OnDisk:
@@ -67,8 +67,9 @@ class OnDisk:
         wanted = self._gathered(name).looked_up(None if ids is None else ids.cpu())
         return wanted.each(lambda tensor: tensor.to(self._device))
 
-    def source(self, name: str, index: int) -> Tensor:
-        return self._gathered(name).sources[index].to(self._device)
+    def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
+        whole = self._gathered(name).sources[index]
+        return looked_up(whole, None if ids is None else ids.cpu()).to(self._device)
 
 
 Wanted = tuple[tuple[str, ...], int | None]  # a block's tensors; of one source, or of all
@@ -131,12 +132,12 @@ class InHostMemory:
     def get(self, name: str, ids: Tensor | None = None) -> Inputs:
         return self._on_device((self._groups[name], None))[name].looked_up(ids)
 
-    def source(self, name: str, index: int) -> Tensor:
+    def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
         """Of a copy of all sources, where one is there."""
         whole = (self._groups[name], None)
         if whole in self._copies:
-            return self._on_device(whole)[name].sources[index]
-        return self._on_device((self._groups[name], index))[name].sources[0]
+            return looked_up(self._on_device(whole)[name].sources[index], ids)
+        return looked_up(self._on_device((self._groups[name], index))[name].sources[0], ids)
 
     def _on_device(self, wanted: Wanted) -> Mapping[str, Inputs]:
         if wanted != self._last[1]:

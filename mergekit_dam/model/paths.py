@@ -9,18 +9,14 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor
 
 from mergekit_dam.model.block import Block
-from mergekit_dam.model.mixture import Mixture
-
-# Whose weights a pass sees: a source's (its number), those of several, each for its rows, the
-# merge's, the plain average's, or weights that are given: output tensor -> S.
-View = int | Mixture | Literal["merge", "average"] | Mapping[str, Tensor]
+from mergekit_dam.model.views import View
 
 
 @dataclass

@@ -11,6 +11,7 @@ from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs, Together
+from mergekit_dam.model.lookup import few
 from mergekit_dam.model.offload import STORES, Offload
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
@@ -25,7 +26,7 @@ class Stack:
     shape: torch.Size
     dtype: torch.dtype  # in which the merge writes the result
     load: Callable[..., Inputs]  # to the device; with numbers of rows these alone
-    load_source: Callable[[int], Tensor]  # one of them alone
+    load_source: Callable[..., Tensor]  # one of them alone, by its place; likewise
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -35,9 +36,9 @@ class Stack:
     def parts(self) -> tuple[tuple[Tensor, ...], Tensor | None]:
         return self.load().parts
 
-    def source(self, row: int) -> Tensor | None:
-        """The tensor of one source, None where it has none."""
-        return self.load_source(self.rows.index(row)) if row in self.rows else None
+    def source(self, row: int, ids: Tensor | None = None) -> Tensor | None:
+        """The tensor of one source, or some rows of it; None where it has none."""
+        return self.load_source(self.rows.index(row), ids) if row in self.rows else None
 
     def own(self, coefficients: Tensor, count: int | None = None) -> Tensor:
         """[n, *B], of the sources that have this tensor or of so many of them, from those of all
@@ -140,6 +141,16 @@ class SourceWeights:
 
         return combine_all(own, found(names), written, stored=dtype, again=again)
 
+    def few(self, name: str) -> int:
+        """How many rows of a table are merged alone, at most."""
+        stack = self[name]
+        return few(stack.shape[0], len(stack.rows) + (self._needs_base and not self.is_prepared))
+
+    def few_of_source(self, name: str, dtype: torch.dtype) -> int:
+        """Of one source's: none of a table that is used as it lies."""
+        is_copied = self.is_fetched or self.stored != {dtype}
+        return few(self[name].shape[0], 1) if is_copied else 0
+
     def average(self, name: str, dtype: torch.dtype) -> Tensor:
         """Of the sources that teach, rounded likewise."""
         stack = self[name]
@@ -162,14 +173,15 @@ class SourceWeights:
         """A source's own weights. Where they lie as they are used, they are found once."""
         key = (row, tuple(names), device, dtype)
         if (found := self._found.get(key)) is None:
-            own = {name: self._own(row, name) for name in names}
+            own = {name: self.of_one(row, name) for name in names}
             found = {name: weight.to(device, dtype) for name, weight in own.items()}
             if not self.is_fetched and all(own[name] is found[name] for name in names):
                 self._found[key] = found
         return found
 
-    def _own(self, row: int, name: str) -> Tensor:
-        weight = self[name].source(row)
+    def of_one(self, row: int, name: str, ids: Tensor | None = None) -> Tensor:
+        """A source's own tensor, or some rows of it."""
+        weight = self[name].source(row, ids)
         if weight is None:
             raise DamError(
                 f"Source number {row + 1} has no tensor {name}, which the merged model needs, so "
