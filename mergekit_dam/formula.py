@@ -217,10 +217,15 @@ def _combine_part(
         out.copy_(merged)
 
 
+def at_once(device: torch.device) -> int:
+    """How many numbers are worked on at a time."""
+    return CACHED if device.type == "cpu" else PASSING
+
+
 def in_pieces(whole: Tensor, *others: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
     """Rows of a tensor, and of those of its shape or broadcast to it, as many as are worked on at a
     time; views."""
-    most, tensors = CACHED if whole.device.type == "cpu" else PASSING, (whole, *others)
+    most, tensors = at_once(whole.device), (whole, *others)
     if whole.numel() <= most or whole.dim() < 2:
         yield tensors
         return

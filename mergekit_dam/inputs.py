@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 
-def looked_up(tensor: Tensor, ids: Tensor | None) -> Tensor:
+def rows_of(tensor: Tensor, ids: Tensor | None) -> Tensor:
     """A copy of some rows; by default all, as they are."""
     return tensor if ids is None else tensor.index_select(0, ids)
 
@@ -36,7 +36,7 @@ class Inputs:
         are."""
         if ids is None:
             return self
-        read = Inputs(self.parts[0], self.base, None).each(lambda tensor: looked_up(tensor, ids))
+        read = Inputs(self.parts[0], self.base, None).each(lambda tensor: rows_of(tensor, ids))
         return read if self.prepared is None else replace(read, prepared=read.sources)
 
 

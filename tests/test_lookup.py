@@ -13,12 +13,15 @@ from torch import nn
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import MergedModel
+from mergekit_dam.model import lookup as lookup_module
 from mergekit_dam.model.lookup import Lookup
 
 TABLES = {"gpt2": ["transformer.wte.weight", "transformer.wpe.weight"]}
 WIDTH = 5
 TABLE = torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
 ROWS = 256  # of a vocabulary, of which a few are looked up
+WIDE = tiny.SIZES["hidden_size"]
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @pytest.fixture
@@ -58,8 +61,10 @@ def with_whole_tables(merged: MergedModel) -> MergedModel:
     "name, keys",
     [
         ("llama", {}),
+        ("llama_tied", {}),
         ("llama_tied", {"dam": {"granularity": "row"}}),
-        ("gemma3", {"dam": {"granularity": "element"}}),  # scales what it looks up
+        ("gemma3", {"dam": {"granularity": "element"}}),
+        ("gemma3", {}),  # scales what it looks up
         ("gpt2", {"dam": {"granularity": "tensor"}}),
         ("llama", {"dam": {"formula": "task_vectors"}}),
         ("llama", {"dam": {"formula": "task_vectors", "sparsify": "ties"}}),
@@ -77,43 +82,83 @@ def test_logits_and_gradients_are_those_with_whole_tables(make, name, keys, reco
         assert (gradient - expected[tensor]).abs().max() <= bound, tensor
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
-    merged, whole, times = make(name), [], Counter()
-    merged.recompute = "block"
-    merged_weights = merged._views.merged
-    tables = TABLES.get(name, ["model.embed_tokens.weight"])
-    with torch.no_grad():
-        merged.states(tiny.tokens())  # finds out how the model is split
+def watch(merged: MergedModel, monkeypatch) -> list[tuple[str, int | None]]:
+    """What the merge makes from now on: (output tensor, how many rows, None if all)."""
+    made, merged_weights = [], merged._views.merged
 
-    def counting(names, rows=None):
-        assert rows is None or set(names) <= set(tables)
-        whole.extend(names if rows is None else [])
-        times.update([] if rows is None else names)
-        return merged_weights(names, rows)
+    def counting(names, ids=None):
+        made.extend((name, None if ids is None else len(ids)) for name in names)
+        return merged_weights(names, ids)
 
     monkeypatch.setattr(merged._views, "merged", counting)
+    return made
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
+    merged, tables = make(name), TABLES.get(name, [EMBEDDING])
+    merged.recompute = "block"
+    with torch.no_grad():
+        merged.states(tiny.tokens())  # finds out how the model is split
+    made = watch(merged, monkeypatch)
     merged.states(tiny.tokens()).sum().backward()
-    assert times == dict.fromkeys(
-        tables, 2 if name == "gemma2" else 1
-    )  # its scale asks for it again
-    assert not set(whole) & set(tables)
+    times = Counter(tensor for tensor, rows in made if rows is not None)
+    # With a padding id, too, nothing is looked up again; but gemma2's scale asks for its block.
+    assert times == dict.fromkeys(tables, 2 if name == "gemma2" else 1)
+    whole = {tensor for tensor, rows in made if rows is None}
     assert whole  # the layers
+    assert not whole & set(tables)
 
 
-@pytest.mark.parametrize("granularity, is_whole", [("tensor", False), ("row", True)])
-def test_rows_with_coefficients_of_their_own_are_made_with_the_others(make, granularity, is_whole):
+@pytest.mark.parametrize("granularity, made", [("tensor", 5), ("row", None)])
+def test_rows_with_coefficients_of_their_own_are_made_with_the_others(
+    make, monkeypatch, granularity, made
+):
     merged = make("llama", dam={"granularity": granularity})
-    (table,) = merged.model.model.embed_tokens.weights(whole=False).values()
-    assert isinstance(table, Lookup) != is_whole
+    asked = watch(merged, monkeypatch)
+    merged(torch.arange(5)[None])
+    assert (EMBEDDING, made) in asked
 
 
-def lookup(asked: list, table: torch.Tensor = TABLE) -> Lookup:
-    def make(rows):
-        asked.append(rows)
-        return table * 1 if rows is None else table[rows]
+def test_of_more_rows_than_there_are_the_table_is_made(make, monkeypatch):
+    merged = make("llama")
+    made = watch(merged, monkeypatch)
+    for count in (ROWS, ROWS + 1):
+        merged(torch.zeros(1, count, dtype=torch.long))
+    assert [rows for tensor, rows in made if tensor == EMBEDDING] == [ROWS, None]
 
-    return Lookup(table.shape, table.dtype, table.device, 6, make)
+
+@pytest.mark.parametrize("count", [1, 7, 20, 21])
+def test_rows_are_made_in_parts(make, monkeypatch, count):
+    """That of a table are as many as are worked on at once."""
+    merged, ids = make("llama"), torch.randint(0, ROWS, (1, count))
+    expected = merged(ids)
+    made = watch(merged, monkeypatch)
+    monkeypatch.setattr(lookup_module, "at_once", lambda device: 7 * WIDE)
+    assert torch.equal(merged(ids), expected)
+    parts = [rows for tensor, rows in made if tensor == EMBEDDING]
+    assert max(parts) <= 7
+    assert sum(parts) == count
+
+
+@pytest.mark.parametrize(
+    "keys", [{"offload": "disk"}, {"offload": "cpu"}, {"compute_dtype": "bfloat16"}, {}]
+)
+def test_so_is_a_teachers_table_where_it_would_be_copied(make, keys):
+    merged, ids = make("llama", dam=keys), tiny.tokens()
+    embedding = merged.model.model.embed_tokens
+    with merged.speaking_as(1), torch.no_grad():
+        (table,) = embedding.weights(whole=False).values()
+        assert isinstance(table, Lookup) == bool(keys)
+        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weights()["weight"]))
+
+
+def lookup(asked: list, table: torch.Tensor = TABLE, *, alone: bool = True) -> Lookup:
+    def make(ids):
+        asked.append(ids)
+        return table * 1 if ids is None else table[ids]
+
+    return Lookup(table.shape, table.dtype, table.device, make, alone=alone)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3), (2, 0), (1, 2, 3)])
@@ -133,47 +178,32 @@ def test_a_row_that_pads_has_no_gradient(padding):
     assert torch.equal(*gradients)
 
 
-def test_of_many_rows_the_table_is_made_once():
+@pytest.mark.parametrize("alone", [True, False])
+def test_of_many_rows_the_table_is_made_once(alone):
     """Also where who asks first wants no gradient."""
     table, asked = TABLE.clone().requires_grad_(), []
-    ids, own = torch.randint(0, len(TABLE), (5,)), lookup(asked, table)
+    ids, own = torch.randint(0, len(TABLE), (5,)), lookup(asked, table, alone=alone)
     with torch.no_grad():
-        for _ in range(3):  # 6 may be looked up
+        for _ in range(3):  # 7 may be looked up
             assert torch.equal(F.embedding(ids, own), F.embedding(ids, TABLE))
-    (F.embedding(ids, own).sum() + F.linear(TABLE, own).sum()).backward()
-    assert torch.equal(asked[0], ids)
-    assert asked[1:] == [None]
+    (F.embedding(ids, own) * TABLE[:5] + F.linear(TABLE, own).sum()).sum().backward()
+    found = asked.pop(0) if alone else ids
+    assert torch.equal(found, ids)
+    assert asked == [None]
     expected = TABLE.clone().requires_grad_()
-    (F.embedding(ids, expected).sum() + F.linear(TABLE, expected).sum()).backward()
-    assert torch.equal(table.grad, expected.grad)
+    (F.embedding(ids, expected) * TABLE[:5] + F.linear(TABLE, expected).sum()).sum().backward()
+    torch.testing.assert_close(table.grad, expected.grad)
 
 
-@pytest.mark.parametrize("formula, most", [("weights", ROWS // 4), ("task_vectors", ROWS // 4)])
-def test_rows_are_few_if_they_take_less_than_the_table(make, monkeypatch, formula, most):
-    """Of each input, and made."""
-    merged, asked = make("llama", dam={"formula": formula}), []
-    made = merged._views.merged
-
-    def counting(names, ids=None):
-        asked.append((names, ids))
-        return made(names, ids)
-
-    monkeypatch.setattr(merged._views, "merged", counting)
-    for count in (most, most + 1):
-        merged(torch.zeros(1, count, dtype=torch.long))
-    tables = [ids for names, ids in asked if names == ["model.embed_tokens.weight"]]
-    assert len(tables[0]) == most
-    assert tables[1:] == [None]
-
-
-@pytest.mark.parametrize("keys", [{"offload": "disk"}, {"compute_dtype": "bfloat16"}, {}])
-def test_so_is_a_teachers_table_where_it_would_be_copied(make, keys):
-    merged, ids = make("llama", dam=keys), tiny.tokens()
-    embedding = merged.model.model.embed_tokens
-    with merged.speaking_as(1), torch.no_grad():
-        (table,) = embedding.weights(whole=False).values()
-        assert isinstance(table, Lookup) == bool(keys)
-        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weights()["weight"]))
+def test_gradients_of_several_calls_are_rows_until_all_are_there():
+    table, ids, seen = TABLE.clone().requires_grad_(), torch.tensor([[1, 3, 3], [6, 0, 1]]), []
+    own = lookup([], table, alone=False)
+    own.whole().register_hook(lambda gradient: seen.append(gradient.is_sparse))
+    found = [F.embedding(some, own) for some in ids]
+    (found[0] * TABLE[:3] + found[1]).sum().backward()
+    expected = torch.zeros_like(TABLE).index_add(0, ids[0], TABLE[:3])
+    torch.testing.assert_close(table.grad, expected.index_add(0, ids[1], torch.ones(3, WIDTH)))
+    assert seen == [True]
 
 
 @pytest.mark.parametrize(
@@ -193,7 +223,7 @@ def test_what_else_computes_with_it_gets_it_whole(compute):
     asked = []
     assert torch.equal(compute(lookup(asked)), compute(TABLE))
     assert asked
-    assert all(rows is None for rows in asked)
+    assert all(ids is None for ids in asked)
 
 
 def test_what_models_ask_of_a_weight_makes_nothing():

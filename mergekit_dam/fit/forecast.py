@@ -73,7 +73,6 @@ class Outline:
             settings.objective,
             device=self.device,
             is_cast=is_cast,
-            inputs=len(plan.sources) + subtracts(settings),
             shapes=of_one,
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
@@ -104,11 +103,6 @@ class Outline:
         return self.foresee(settings).place
 
 
-def subtracts(settings: Settings) -> bool:
-    """Whether a base is read to merge; of sparsified task vectors it is not."""
-    return settings.formula == "task_vectors" and settings.sparsify == "task_arithmetic"
-
-
 def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, int]:
     turns = settings.basis == "differences" and settings.formula == "weights"
     return optimizer_memory(trained, len(plan.sources), along_differences=turns)
@@ -129,7 +123,8 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         return workload(train, settings, processes.count(), alone=alone)
     largest = tuple(settings.batch_size * max(own) for own in train)
     passes = max(settings.max_steps, 0) * settings.accumulation
-    return Workload(largest, max(largest), max(map(max, train)), passes, passes * sum(largest))
+    longest, rows = max(map(max, train)), settings.batch_size * len(train)
+    return Workload(largest, max(largest), longest, rows, passes, passes * sum(largest))
 
 
 def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:

@@ -14,7 +14,7 @@ from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
-from mergekit_dam.model.lookup import few
+from mergekit_dam.model.lookup import is_shared
 from mergekit_dam.model.mixture import serves
 
 # Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
@@ -34,12 +34,13 @@ class Needs:
     blocks: int  # the merged weights of all blocks but embeddings and head
     block: int  # of the largest of them
     matrix: int  # its largest tensor
-    table: int = 0  # of an embedding, the rows of its inputs and the merged ones, or all of these
+    table: int = 0  # of an embedding, the rows that are looked up, and what is made for them
     head: int = 0  # the head's merged weights, and a source's where they are a copy
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
+    groups: int = 1  # of rows of several lengths, each with gradients of its own
     taught: int = 0  # tokens of the teachers that go through a block at once
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
@@ -56,11 +57,13 @@ class Needs:
 
     def _in_a_block(self, recompute: Recompute) -> float:
         largest, passing = self.tokens * self.kept.largest, 2 * self.tokens * self.kept.widest
+        several = self.groups > 1  # gradients wait for those of other lengths, to be added up
+        gradients = self.matrix + several * (self.block + self.matrix)
         if recompute == "block":  # a weight goes when its gradient comes
-            return largest + passing + self.block + self.matrix
+            return passing + self.block + max(largest + self.matrix, gradients)
         if recompute == "weights":  # made again, they stay until all their gradients are there
-            return passing + 2 * self.block - largest
-        return self.matrix
+            return passing + 2 * self.block + several * self.matrix - largest
+        return max(self.matrix, gradients - largest)
 
 
 def needs(
@@ -72,7 +75,6 @@ def needs(
     *,
     device: str,
     is_cast: bool,  # the passes are in another dtype than the sources
-    inputs: int,  # the sources, and the base that the formula subtracts
     shapes: Mapping[str, Sequence[int]],  # output tensor -> [*B], of its coefficients
     coefficients: int,  # how many are trained
     optimizer: tuple[int, int],  # see `optimizer.memory`
@@ -88,20 +90,18 @@ def needs(
     text = config.get_text_config()
     vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
     largest = own[sizes.index(max(sizes))]
-    looked_up = [
-        _numbers(table.weight, inputs, tokens, shapes[names[path]])
-        for path, table in tables.items()
-    ]
+    rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
         widest=work.widest,
         kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
         states=tokens * width * dtype.itemsize,
+        groups=work.groups,
         taught=tokens if serves(torch.device(device)) else work.widest,
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
-        table=max(looked_up, default=0) * dtype.itemsize,
+        table=max(rows, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
         coefficients=3 * 4 * coefficients,
@@ -111,12 +111,12 @@ def needs(
     )
 
 
-def _numbers(table: torch.Tensor, inputs: int, tokens: int, coefficients: Sequence[int]) -> int:
-    """Of the rows that are looked up of a table, in each of its inputs and merged; where they are
-    many, or have coefficients of their own, of the whole."""
+def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> int:
+    """Numbers: of the rows that are looked up, and of the parts in which they are made, or of their
+    gradients; where they are not made alone, of the whole, too."""
     rows, width = table.shape
-    is_whole = coefficients[0] != 1 or tokens > few(rows, inputs)
-    return width * (rows if is_whole else tokens * (inputs + 1))
+    is_alone = is_shared(coefficients) and tokens <= rows
+    return width * (2 * tokens + rows * (not is_alone))
 
 
 def _at_head(

@@ -16,6 +16,7 @@ class Workload:
     largest: tuple[int, ...]  # tokens of each source in the pass that computes most
     widest: int  # tokens of one source in a pass
     longest: int  # tokens of a row
+    groups: int  # of rows that are computed together, in a pass at most
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
 
@@ -25,15 +26,16 @@ def workload(
 ) -> Workload:
     """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
     items = items_of_a_fit(lengths, settings, processes)
-    largest, widest, passes, tokens = (0,) * len(lengths), 0, 0, 0
+    largest, widest, passes, tokens, most = (0,) * len(lengths), 0, 0, 0, 1
     while together := list(islice(items, settings.batch_size)):
-        own = _computed(together, lengths)
+        own, count = _computed(together, lengths)
+        most = max(most, count)
         largest, widest = max(largest, own, key=sum), max(widest, *own)
         passes, tokens = passes + 1, tokens + sum(own)
     if alone > sum(largest):
         largest = (alone, *[0] * (len(lengths) - 1))
     widest, longest = max(widest, alone), max(alone, *map(max, lengths))
-    return Workload(largest, widest, longest, -(-passes // processes), tokens // processes)
+    return Workload(largest, widest, longest, most, -(-passes // processes), tokens // processes)
 
 
 def items_of_a_fit(
@@ -56,12 +58,12 @@ def items_of_a_fit(
 
 def _computed(
     items: Iterable[tuple[int, ...]], lengths: Sequence[Sequence[int]]
-) -> tuple[int, ...]:
-    """Tokens of each source that go through the model for some items."""
+) -> tuple[tuple[int, ...], int]:
+    """Tokens of each source that go through the model for some items, and in how many groups."""
     owners = [source for item in items for source in range(len(item))]
     own = [lengths[source][number] for item in items for source, number in enumerate(item)]
-    totals = [0] * len(lengths)
-    for together in groups(own):
+    totals, found = [0] * len(lengths), groups(own)
+    for together in found:
         for row in together:
             totals[owners[row]] += own[together[0]]
-    return tuple(totals)
+    return tuple(totals), len(found)

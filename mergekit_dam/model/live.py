@@ -37,5 +37,10 @@ class Live(TorchDispatchMode):
 
 
 def tensors(tree: object) -> list[torch.Tensor]:
-    """All tensors in lists, dicts and the like."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    """All tensors in lists, dicts and the like; of a sparse one those that it consists of."""
+    found = [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [part for leaf in found for part in _dense_parts(leaf)]
+
+
+def _dense_parts(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    return (tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,)

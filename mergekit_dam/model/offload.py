@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.inputs import Inputs, looked_up
+from mergekit_dam.inputs import Inputs, rows_of
 
 Offload = Literal["none", "cpu", "disk"]
 ALIGNMENT = 512  # bytes, of a tensor in an arena
@@ -39,7 +39,7 @@ class Held:
 
     def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
         """One source's alone, by its place in `Inputs.sources`."""
-        return looked_up(self._inputs[name].sources[index], ids)
+        return rows_of(self._inputs[name].sources[index], ids)
 
 
 class OnDisk:
@@ -69,7 +69,7 @@ class OnDisk:
 
     def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
         whole = self._gathered(name).sources[index]
-        return looked_up(whole, None if ids is None else ids.cpu()).to(self._device)
+        return rows_of(whole, None if ids is None else ids.cpu()).to(self._device)
 
 
 Wanted = tuple[tuple[str, ...], int | None]  # a block's tensors; of one source, or of all
@@ -136,8 +136,8 @@ class InHostMemory:
         """Of a copy of all sources, where one is there."""
         whole = (self._groups[name], None)
         if whole in self._copies:
-            return looked_up(self._on_device(whole)[name].sources[index], ids)
-        return looked_up(self._on_device((self._groups[name], index))[name].sources[0], ids)
+            return rows_of(self._on_device(whole)[name].sources[index], ids)
+        return rows_of(self._on_device((self._groups[name], index))[name].sources[0], ids)
 
     def _on_device(self, wanted: Wanted) -> Mapping[str, Inputs]:
         if wanted != self._last[1]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mergekit_dam.errors import DamError
-from mergekit_dam.model.lookup import Lookup
+from mergekit_dam.model.lookup import Lookup, is_shared
 from mergekit_dam.model.mixture import Mixture
 from mergekit_dam.model.weights import SourceWeights
 
@@ -31,11 +31,12 @@ class Views:
     def weights(
         self, view: View, names: Sequence[str], tables: Collection[str] = ()
     ) -> Mapping[str, Tensor]:
-        """Output tensors. Of tables that would be made or copied, and of which a pass looks up a
-        few rows, only these."""
-        few = {name: most for name in tables if (most := self._few(view, name))}
-        made = self._whole(view, [name for name in names if name not in few])
-        return {**made, **{name: self._looked_up(view, name, few[name]) for name in few}}
+        """Output tensors; of the merge's tables, and of one source's that would be copied, only the
+        rows that a pass looks up."""
+        is_copied = isinstance(view, int) and self._sources.is_copied(self._dtype)
+        tables = set(tables) if view == "merge" or is_copied else set()
+        made = self._whole(view, [name for name in names if name not in tables])
+        return {**made, **{name: self._lookup(view, name) for name in tables}}
 
     def merged(self, names: Sequence[str], ids: Tensor | None = None) -> dict[str, Tensor]:
         """The merge's, or of each some rows, rounded as the merge will write them; the gradient
@@ -53,22 +54,17 @@ class Views:
             return {name: self._sources.average(name, self._dtype) for name in names}
         return {name: _given(view, name).to(self.device, self._dtype) for name in names}
 
-    def _few(self, view: View, name: str) -> int:
-        """How many rows of a table are made alone, at most. None of the merge's that have
-        coefficients of their own: gradients would be scattered, which a GPU adds up in any order.
-        """
-        if view == "merge":
-            is_shared = self._coefficients(name).shape[1] == 1
-            return self._sources.few(name) if is_shared else 0
-        return self._sources.few_of_source(name, self._dtype) if isinstance(view, int) else 0
+    def _lookup(self, view: View, name: str) -> Lookup:
+        """Rows that have coefficients of their own are not made alone: their gradients would be
+        scattered, which a GPU adds up in any order."""
 
-    def _looked_up(self, view: View, name: str, few: int) -> Lookup:
         def make(ids: Tensor | None) -> Tensor:
             if view == "merge":
                 return self.merged([name], ids)[name]
             return self._sources.of_one(view, name, ids).to(self.device, self._dtype)
 
-        return Lookup(self._sources[name].shape, self._dtype, self.device, few, make)
+        alone = view != "merge" or is_shared(self._coefficients(name).shape[1:])
+        return Lookup(self._sources[name].shape, self._dtype, self.device, make, alone=alone)
 
 
 def _given(weights: Mapping[str, Tensor], name: str) -> Tensor:

@@ -11,7 +11,6 @@ from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs, Together
-from mergekit_dam.model.lookup import few
 from mergekit_dam.model.offload import STORES, Offload
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
@@ -141,16 +140,6 @@ class SourceWeights:
 
         return combine_all(own, found(names), written, stored=dtype, again=again)
 
-    def few(self, name: str) -> int:
-        """How many rows of a table are merged alone, at most."""
-        stack = self[name]
-        return few(stack.shape[0], len(stack.rows) + (self._needs_base and not self.is_prepared))
-
-    def few_of_source(self, name: str, dtype: torch.dtype) -> int:
-        """Of one source's: none of a table that is used as it lies."""
-        is_copied = self.is_fetched or self.stored != {dtype}
-        return few(self[name].shape[0], 1) if is_copied else 0
-
     def average(self, name: str, dtype: torch.dtype) -> Tensor:
         """Of the sources that teach, rounded likewise."""
         stack = self[name]
@@ -166,6 +155,10 @@ class SourceWeights:
             if not self.is_fetched:
                 self._blocks[names] = found
         return found
+
+    def is_copied(self, dtype: torch.dtype) -> bool:
+        """Whether a source's own weights are not used where they lie, in the passes' dtype."""
+        return self.is_fetched or self.stored != {dtype}
 
     def of_source(
         self, row: int, names: Sequence[str], device: torch.device, dtype: torch.dtype
