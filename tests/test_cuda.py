@@ -1,5 +1,6 @@
 """Fits on a GPU against those on a CPU. Skipped where there is none."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -49,6 +50,19 @@ def test_the_fit_is_that_of_a_cpu(recipe, models, tmp_path, start) -> None:
     path = recipe(models[:2], base_model=str(models[2]), dam={**CLOSE, "start": start})
     files = [fitted(path, tmp_path / device, device) for device in ("cpu", "cuda")]
     close(*files, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("granularity", ["column", "row"])
+def test_large_tables_are_fitted_as_on_a_cpu(recipe, tmp_path, granularity) -> None:
+    """By rows that are looked up, or made whole with gradients of rows; twice the same bits."""
+    config = copy.deepcopy(tiny.CONFIGS["llama"])
+    config.vocab_size = 4096
+    models = tiny.save_models(tmp_path, config, 2)
+    path = recipe(models, dam={**CLOSE, "granularity": granularity})
+    devices = ("cpu", "cuda", "cuda")
+    files = [fitted(path, tmp_path / str(n), device) for n, device in enumerate(devices)]
+    close(*files[:2], atol=2e-3, rtol=1e-2)
+    close(*files[1:], atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("offload", ["none", "cpu"])
