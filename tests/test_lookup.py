@@ -206,6 +206,13 @@ def test_gradients_of_several_calls_are_rows_until_all_are_there():
     assert seen == [True]
 
 
+def test_gradients_of_a_frequent_row_are_not_lost():
+    table = TABLE.bfloat16().requires_grad_()
+    own, ids = lookup([], table, alone=False), torch.zeros(1000, dtype=torch.long)
+    F.embedding(ids, own).sum().backward()
+    torch.testing.assert_close(table.grad[0], torch.full((WIDTH,), 1000.0, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(
     "compute",
     [
