@@ -139,6 +139,22 @@ def test_rows_are_made_in_parts(make, monkeypatch, count):
     parts = [rows for tensor, rows in made if tensor == EMBEDDING]
     assert max(parts) <= 7
     assert sum(parts) == count
+    assert set(parts[:-1]) <= {7}
+
+
+@pytest.mark.parametrize("recompute", ["block", "weights", "none"])
+@pytest.mark.parametrize("keys", [{}, {"dam": {"formula": "task_vectors"}}])
+def test_gradients_of_parts_are_those_of_all_rows(make, monkeypatch, keys, recompute):
+    merged = make("llama", **keys)
+    merged.recompute = recompute
+    logits, expected = step(merged)
+    made = watch(merged, monkeypatch)
+    monkeypatch.setattr(lookup_module, "at_once", lambda device: 7 * WIDE)
+    in_parts, gradients = step(merged)
+    assert len([tensor for tensor, _ in made if tensor == EMBEDDING]) > 1
+    assert torch.equal(in_parts, logits)
+    for tensor, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[tensor], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -56,8 +56,8 @@ class Outline:
 
     def foresee(self, settings: Settings) -> Forecast:
         plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
-        of_one = foreseen_shapes(settings, shapes, skeleton)
-        numbers = {name: len(plan.sources) * prod(shape) for name, shape in of_one.items()}
+        coefficients = foreseen_shapes(settings, shapes, skeleton)
+        numbers = {name: len(plan.sources) * prod(shape) for name, shape in coefficients.items()}
         names = trained_tensors(skeleton, settings)
         trained = sum(numbers.get(name, 0) for name in names)
         dtype = choose_dtype(settings, shapes.dtypes(), self.device)
@@ -73,7 +73,7 @@ class Outline:
             settings.objective,
             device=self.device,
             is_cast=is_cast,
-            shapes=of_one,
+            shapes=coefficients,
             coefficients=trained,
             optimizer=_of_optimizer(plan, settings, trained),
             trust_remote_code=trust_remote_code,
@@ -123,7 +123,7 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         return workload(train, settings, processes.count(), alone=alone)
     largest = tuple(settings.batch_size * max(own) for own in train)
     passes = max(settings.max_steps, 0) * settings.accumulation
-    longest, rows = max(map(max, train)), settings.batch_size * len(train)
+    longest, rows = max(map(max, train)), settings.batch_size * len(train)  # each a group, perhaps
     return Workload(largest, max(largest), longest, rows, passes, passes * sum(largest))
 
 

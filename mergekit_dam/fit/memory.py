@@ -40,7 +40,7 @@ class Needs:
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
-    groups: int = 1  # of rows of several lengths, each with gradients of its own
+    groups: int = 1  # of rows about equally long, each with gradients of its own
     taught: int = 0  # tokens of the teachers that go through a block at once
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 

@@ -16,7 +16,7 @@ class Workload:
     largest: tuple[int, ...]  # tokens of each source in the pass that computes most
     widest: int  # tokens of one source in a pass
     longest: int  # tokens of a row
-    groups: int  # of rows that are computed together, in a pass at most
+    groups: int  # how many groups of rows about equally long a pass has, at most
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
 

@@ -2,7 +2,8 @@
 
 A step looks up a few thousand rows of a vocabulary of perhaps 150,000, whose table may be a third
 of a small model's weights: made whole it would be read, and its gradient summed, for nothing.
-Of a small table it may look up more rows than there are: that is made whole.
+Of a small table it may look up more rows than there are: that is made whole, and so is one whose
+rows have coefficients of their own.
 """
 
 from collections.abc import Callable, Sequence

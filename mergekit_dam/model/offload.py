@@ -64,12 +64,17 @@ class OnDisk:
         return self._present[name]
 
     def get(self, name: str, ids: Tensor | None = None) -> Inputs:
-        wanted = self._gathered(name).looked_up(None if ids is None else ids.cpu())
+        wanted = self._gathered(name).looked_up(_on_cpu(ids))
         return wanted.each(lambda tensor: tensor.to(self._device))
 
     def source(self, name: str, index: int, ids: Tensor | None = None) -> Tensor:
         whole = self._gathered(name).sources[index]
-        return rows_of(whole, None if ids is None else ids.cpu()).to(self._device)
+        return rows_of(whole, _on_cpu(ids)).to(self._device)
+
+
+def _on_cpu(ids: Tensor | None) -> Tensor | None:
+    """Where tensors of files are."""
+    return None if ids is None else ids.cpu()
 
 
 Wanted = tuple[tuple[str, ...], int | None]  # a block's tensors; of one source, or of all

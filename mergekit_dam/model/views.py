@@ -34,7 +34,8 @@ class Views:
         """Output tensors; of the merge's tables, and of one source's that would be copied, only the
         rows that a pass looks up."""
         is_copied = isinstance(view, int) and self._sources.is_copied(self._dtype)
-        tables = set(tables) if view == "merge" or is_copied else set()
+        if view != "merge" and not is_copied:
+            tables = ()
         made = self._whole(view, [name for name in names if name not in tables])
         return {**made, **{name: self._lookup(view, name) for name in tables}}
 
@@ -55,14 +56,14 @@ class Views:
         return {name: _given(view, name).to(self.device, self._dtype) for name in names}
 
     def _lookup(self, view: View, name: str) -> Lookup:
-        """Rows that have coefficients of their own are not made alone: their gradients would be
-        scattered, which a GPU adds up in any order."""
+        """A table of the merge, or of one source."""
 
         def make(ids: Tensor | None) -> Tensor:
             if view == "merge":
                 return self.merged([name], ids)[name]
             return self._sources.of_one(view, name, ids).to(self.device, self._dtype)
 
+        # Gradients of rows' own coefficients would be scattered, which a GPU adds up in any order.
         alone = view != "merge" or is_shared(self._coefficients(name).shape[1:])
         return Lookup(self._sources[name].shape, self._dtype, self.device, make, alone=alone)
 
