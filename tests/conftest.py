@@ -27,6 +27,7 @@ import tiny  # noqa: E402  after the settings above
 import yaml  # noqa: E402
 
 from mergekit_dam import report  # noqa: E402
+from mergekit_dam.model import MergedModel  # noqa: E402
 
 
 def pytest_collection_finish() -> None:
@@ -85,3 +86,21 @@ def recipe(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def watch(monkeypatch) -> Callable[[MergedModel], list[tuple[str, int | None]]]:
+    """Lists what a model makes of its merge from now on: output tensors, each with how many rows;
+    None if all."""
+
+    def watch(merged: MergedModel) -> list[tuple[str, int | None]]:
+        made, merged_weights = [], merged._views.merged
+
+        def counting(names, ids=None):
+            made.extend((name, None if ids is None else len(ids)) for name in names)
+            return merged_weights(names, ids)
+
+        monkeypatch.setattr(merged._views, "merged", counting)
+        return made
+
+    return watch

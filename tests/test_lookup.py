@@ -82,25 +82,13 @@ def test_logits_and_gradients_are_those_with_whole_tables(make, name, keys, reco
         assert (gradient - expected[tensor]).abs().max() <= bound, tensor
 
 
-def watch(merged: MergedModel, monkeypatch) -> list[tuple[str, int | None]]:
-    """What the merge makes from now on: (output tensor, how many rows, None if all)."""
-    made, merged_weights = [], merged._views.merged
-
-    def counting(names, ids=None):
-        made.extend((name, None if ids is None else len(ids)) for name in names)
-        return merged_weights(names, ids)
-
-    monkeypatch.setattr(merged._views, "merged", counting)
-    return made
-
-
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
-def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
+def test_no_table_is_made_whole_but_for_the_head(make, watch, name):
     merged, tables = make(name), TABLES.get(name, [EMBEDDING])
     merged.recompute = "block"
     with torch.no_grad():
         merged.states(tiny.tokens())  # finds out how the model is split
-    made = watch(merged, monkeypatch)
+    made = watch(merged)
     merged.states(tiny.tokens()).sum().backward()
     times = Counter(tensor for tensor, rows in made if rows is not None)
     # With a padding id, too, nothing is looked up again; but gemma2's scale asks for its block.
@@ -112,28 +100,37 @@ def test_no_table_is_made_whole_but_for_the_head(make, monkeypatch, name):
 
 @pytest.mark.parametrize("granularity, made", [("tensor", 5), ("row", None)])
 def test_rows_with_coefficients_of_their_own_are_made_with_the_others(
-    make, monkeypatch, granularity, made
+    make, watch, granularity, made
 ):
     merged = make("llama", dam={"granularity": granularity})
-    asked = watch(merged, monkeypatch)
+    asked = watch(merged)
     merged(torch.arange(5)[None])
     assert (EMBEDDING, made) in asked
 
 
-def test_of_more_rows_than_there_are_the_table_is_made(make, monkeypatch):
+@pytest.mark.parametrize("recompute", ["block", "weights", "none"])
+def test_the_backward_pass_makes_no_table_again(make, watch, recompute):
+    merged = make("llama", dam={"granularity": "row"})
+    merged.recompute = recompute
+    made = watch(merged)
+    step(merged)
+    assert made.count((EMBEDDING, None)) == 1
+
+
+def test_of_more_rows_than_there_are_the_table_is_made(make, watch):
     merged = make("llama")
-    made = watch(merged, monkeypatch)
+    made = watch(merged)
     for count in (ROWS, ROWS + 1):
         merged(torch.zeros(1, count, dtype=torch.long))
     assert [rows for tensor, rows in made if tensor == EMBEDDING] == [ROWS, None]
 
 
 @pytest.mark.parametrize("count", [1, 7, 20, 21])
-def test_rows_are_made_in_parts(make, monkeypatch, count):
+def test_rows_are_made_in_parts(make, watch, monkeypatch, count):
     """That of a table are as many as are worked on at once."""
     merged, ids = make("llama"), torch.randint(0, ROWS, (1, count))
     expected = merged(ids)
-    made = watch(merged, monkeypatch)
+    made = watch(merged)
     monkeypatch.setattr(lookup_module, "at_once", lambda device: 7 * WIDE)
     assert torch.equal(merged(ids), expected)
     parts = [rows for tensor, rows in made if tensor == EMBEDDING]
@@ -144,11 +141,11 @@ def test_rows_are_made_in_parts(make, monkeypatch, count):
 
 @pytest.mark.parametrize("recompute", ["block", "weights", "none"])
 @pytest.mark.parametrize("keys", [{}, {"dam": {"formula": "task_vectors"}}])
-def test_gradients_of_parts_are_those_of_all_rows(make, monkeypatch, keys, recompute):
+def test_gradients_of_parts_are_those_of_all_rows(make, watch, monkeypatch, keys, recompute):
     merged = make("llama", **keys)
     merged.recompute = recompute
     logits, expected = step(merged)
-    made = watch(merged, monkeypatch)
+    made = watch(merged)
     monkeypatch.setattr(lookup_module, "at_once", lambda device: 7 * WIDE)
     in_parts, gradients = step(merged)
     assert len([tensor for tensor, _ in made if tensor == EMBEDDING]) > 1

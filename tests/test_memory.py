@@ -46,6 +46,7 @@ STEPS = {
     "vocabulary": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 8192}), 128),
     "chunks": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 8192}), 600),
     "tied": (transformers.LlamaConfig(**SMALL, tie_word_embeddings=True), 128),
+    "little vocabulary": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 64}), 600),
     "shared heads": (transformers.Qwen2Config(**{**SMALL, "num_key_value_heads": 1}), 256),
     "gemma3": (transformers.Gemma3TextConfig(**SMALL, head_dim=64), 128),
     "narrow": (
@@ -88,7 +89,7 @@ def _chunks(request, monkeypatch):
 
 
 def prepared(recipe, folder: Path, config, rows: list[list[Row]], dtype="float32", **dam):
-    models = tiny.save_models(folder, config, SOURCES)
+    models = tiny.save_models(folder, config, len(rows))
     data = [SourceData(own, own[:1]) for own in rows]
     path = recipe(models, dtype=dtype, dam={"batch_size": 1, **dam})
     return prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
@@ -98,7 +99,7 @@ def stepping(recipe, folder: Path, config, lengths: Sequence[int], dam: dict):
     rows = [Row([number + 1] * length) for number, length in enumerate(lengths)]
     found = prepared(recipe, folder, config, [[row] for row in rows], **dam)
     step = Distillation(found.merged, found.settings.objective)
-    inputs = batch(rows, list(range(SOURCES)))
+    inputs = batch(rows, list(range(len(rows))))
     groups = parameter_groups(found.merged, None, found.settings.basis)
     optimizer = DifferencesAdamW(groups, fused=True)
 
@@ -110,10 +111,12 @@ def stepping(recipe, folder: Path, config, lengths: Sequence[int], dam: dict):
     return found, run, optimizer
 
 
-def compare(recipe, folder: Path, name: str, dam: dict, *, lengths: int = 1) -> None:
+def compare(
+    recipe, folder: Path, name: str, dam: dict, *, lengths: int = 1, sources: int = SOURCES
+) -> None:
     """Within 15 %, counted tensor by tensor; with rows of so many lengths."""
     config, length = STEPS[name]
-    lengths = [length - number % lengths * length // 3 for number in range(SOURCES)]
+    lengths = [length - n % lengths * length // (lengths + 1) for n in range(sources)]
     found, step, optimizer = stepping(recipe, folder, config, lengths, dam)
     for mode in MODES:
         found.merged.recompute = mode
@@ -138,6 +141,15 @@ PAIRS = ("window", "every pair of tokens")
 @pytest.mark.parametrize("name", [name for name in STEPS if name not in PAIRS])
 def test_so_does_one_with_rows_of_two_lengths(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, lengths=2)
+
+
+@pytest.mark.parametrize("name", [name for name in STEPS if name not in PAIRS])
+@pytest.mark.parametrize(
+    "sources, lengths, granularity", [(3, 3, "column"), (4, 2, "row"), (4, 4, "element")]
+)
+def test_so_does_one_with_more_sources(recipe, tmp_path, name, sources, lengths, granularity):
+    dam = {"granularity": granularity}
+    compare(recipe, tmp_path, name, dam, sources=sources, lengths=lengths)
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "chunks", "head"])
@@ -236,20 +248,28 @@ def test_the_start_takes_what_was_predicted(recipe, tmp_path, name, granularity)
     assert found.place.start == pytest.approx(live.most, rel=0.15)
 
 
+NEEDS = Needs(
+    tokens=10,
+    groups=(10,),
+    widest=10,
+    kept=Activations(all=1000, largest=200, inputs=50, widest=20),
+    states=100,
+    blocks=50_000,
+    block=1000,
+    matrix=300,
+)
+
+
 @pytest.mark.parametrize(
     "free, mode", [(10**6, "none"), (40_000, "weights"), (12_000, "block"), (1, "block")]
 )
 def test_auto_takes_the_fastest_that_fits(free, mode):
-    kept = Activations(all=1000, largest=200, inputs=50, widest=20)
-    needs = Needs(
-        tokens=10, widest=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300
-    )
     settings = Settings(data=())
-    chosen, why = choose_recompute(settings, needs, free)
+    chosen, why = choose_recompute(settings, NEEDS, free)
     assert chosen == mode
     assert f"recompute: {mode}, with about" in why
     settings = Settings(data=(), recompute="weights")
-    assert choose_recompute(settings, needs, free) == ("weights", "")
+    assert choose_recompute(settings, NEEDS, free) == ("weights", "")
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)
@@ -296,11 +316,7 @@ def place_on(
 ):
     memory = {"cpu": host, device: gpu}
     monkeypatch.setattr(place_module, "free_memory", memory.__getitem__)
-    kept = Activations(all=1000, largest=200, inputs=50, widest=20)
-    needs = Needs(
-        tokens=10, widest=10, kept=kept, states=100, blocks=50_000, block=1000, matrix=300
-    )
-    return place(Settings(data=(), **settings), device, needs, sum(groups), groups, own=own)
+    return place(Settings(data=(), **settings), device, NEEDS, sum(groups), groups, own=own)
 
 
 def test_where_a_fit_keeps_what_it_needs(monkeypatch):

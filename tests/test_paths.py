@@ -62,20 +62,15 @@ def test_the_plain_average_side_by_side(make):
 
 
 @pytest.mark.parametrize("recompute, times", [("block", 2), ("weights", 2), ("none", 1)])
-def test_a_weight_is_made_once_for_rows_of_all_lengths(make, monkeypatch, recompute, times):
-    merged, made, table = make(), Counter(), "model.embed_tokens.weight"
+def test_a_weight_is_made_once_for_rows_of_all_lengths(make, watch, recompute, times):
+    merged, table = make(), "model.embed_tokens.weight"
     merged.recompute = recompute
-    merged_weights = merged._views.merged
     step(merged)  # finds out how the model is split
-
-    def counting(names, ids=None):
-        made.update(names if ids is None else [f"rows of {table}"])
-        return merged_weights(names, ids)
-
-    monkeypatch.setattr(merged._views, "merged", counting)
+    watched = watch(merged)
     assert len(groups(LENGTHS)) == 3
     step(merged)
-    assert made.pop(f"rows of {table}") == 3  # each length looks up its own
+    made = Counter(name for name, _ in watched)
+    assert made.pop(table) == 3  # each length looks up its own
     assert max(made.values()) == times
     assert made.keys() == merged.coefficients().keys() - {table}
 

@@ -73,7 +73,7 @@ class Lavish:
 
     def run_each(self, calls):
         self._runs += 1
-        x = calls[: None if self._is_steady else len(calls) - self._runs]
+        x = 2 * calls[: None if self._is_steady else len(calls) - self._runs]
         x.exp()
         return x.sin().sum()
 
@@ -91,7 +91,7 @@ def test_what_nothing_used_is_not_made_again(is_steady):
         out = block.run_each(x)
     if is_steady:
         out.backward()
-        torch.testing.assert_close(x.grad, x.detach().cos())
+        torch.testing.assert_close(x.grad, 2 * (2 * x.detach()).cos())
         assert [place.number for place in places] == [1]  # the second that was saved
         assert not activations._made
     else:

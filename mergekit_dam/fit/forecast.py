@@ -59,7 +59,7 @@ class Outline:
         coefficients = foreseen_shapes(settings, shapes, skeleton)
         numbers = {name: len(plan.sources) * prod(shape) for name, shape in coefficients.items()}
         names = trained_tensors(skeleton, settings)
-        trained = sum(numbers.get(name, 0) for name in names)
+        trained = [numbers[name] for name in names if name in numbers]
         dtype = choose_dtype(settings, shapes.dtypes(), self.device)
         is_cast = shapes.dtypes() != {dtype}
         sizes = held(shapes, settings, skeleton)
@@ -74,8 +74,8 @@ class Outline:
             device=self.device,
             is_cast=is_cast,
             shapes=coefficients,
-            coefficients=trained,
-            optimizer=_of_optimizer(plan, settings, trained),
+            trained=trained,
+            optimizer=_of_optimizer(plan, settings, sum(trained)),
             trust_remote_code=trust_remote_code,
         )
         begins = None
@@ -83,7 +83,7 @@ class Outline:
             rows, sources = start_rows(plan, settings, self.data), len(plan.sources)
             begins = start_needs(
                 plan.model_config, skeleton, dtype, rows, names, sources,
-                max((numbers.get(name, 0) for name in names), default=0) // sources,
+                max(trained, default=0) // sources,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         where = place(
@@ -97,7 +97,7 @@ class Outline:
             own=len(plan.models_of_their_own) / len(plan.sources),
             is_cast=is_cast,
         )
-        return Forecast(numbers, trained, dtype, sizes, work, found, where)
+        return Forecast(numbers, sum(trained), dtype, sizes, work, found, where)
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place
@@ -123,8 +123,8 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         return workload(train, settings, processes.count(), alone=alone)
     largest = tuple(settings.batch_size * max(own) for own in train)
     passes = max(settings.max_steps, 0) * settings.accumulation
-    longest, rows = max(map(max, train)), settings.batch_size * len(train)  # each a group, perhaps
-    return Workload(largest, max(largest), longest, rows, passes, passes * sum(largest))
+    longest, tokens = max(map(max, train)), sum(largest)
+    return Workload(largest, (tokens, 0), max(largest), longest, passes, passes * tokens)
 
 
 def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:

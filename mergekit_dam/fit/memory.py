@@ -1,6 +1,7 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -28,6 +29,7 @@ class Needs:
     them (docs/performance.md)."""
 
     tokens: int  # of all sources' rows
+    groups: tuple[int, ...]  # of those of about the same length, the longest first
     widest: int  # of one source's rows
     kept: Activations  # for each token
     states: int  # the final hidden states of the tokens
@@ -40,7 +42,6 @@ class Needs:
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
-    groups: int = 1  # of rows about equally long, each with gradients of its own
     taught: int = 0  # tokens of the teachers that go through a block at once
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
@@ -51,19 +52,21 @@ class Needs:
         held = self.blocks if recompute == "none" else 0
         taught = 4 * self.taught * self.kept.widest  # what a block makes and does not keep
         at_head = self.head + self.losses + 3 * self.states
-        passing = max(taught, at_head, self._in_a_block(recompute))
+        passing = max(taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
         return int(self.optimizer + max(step, self.coefficients + self.table, self.update))
 
-    def _in_a_block(self, recompute: Recompute) -> float:
-        largest, passing = self.tokens * self.kept.largest, 2 * self.tokens * self.kept.widest
-        several = self.groups > 1  # gradients wait for those of other lengths, to be added up
-        gradients = self.matrix + several * (self.block + self.matrix)
-        if recompute == "block":  # a weight goes when its gradient comes
-            return passing + self.block + max(largest + self.matrix, gradients)
+    def _in_a_block(self, recompute: Recompute) -> Iterator[float]:
+        """While its gradients are computed, those of the shortest rows first: activations go as
+        they are differentiated, and weights go with the last of their gradients."""
+        largest, passing = self.kept.largest, 2 * self.kept.widest  # for each token
+        made = {"block": self.block + self.tokens * largest, "weights": self.block, "none": 0}
+        there, waiting = made[recompute] + self.matrix, 0  # gradients, for those of longer rows
+        for tokens in reversed(self.groups):
+            yield there + waiting + passing * tokens
+            there, waiting = there - tokens * largest, self.block + self.matrix
         if recompute == "weights":  # made again, they stay until all their gradients are there
-            return passing + 2 * self.block + several * self.matrix - largest
-        return max(self.matrix, gradients - largest)
+            yield there + self.block + passing * self.groups[0]
 
 
 def needs(
@@ -76,7 +79,7 @@ def needs(
     device: str,
     is_cast: bool,  # the passes are in another dtype than the sources
     shapes: Mapping[str, Sequence[int]],  # output tensor -> [*B], of its coefficients
-    coefficients: int,  # how many are trained
+    trained: Sequence[int],  # how many coefficients each trained tensor has
     optimizer: tuple[int, int],  # see `optimizer.memory`
     trust_remote_code: bool,
 ) -> Needs:
@@ -93,22 +96,28 @@ def needs(
     rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
+        groups=work.groups,
         widest=work.widest,
         kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
         states=tokens * width * dtype.itemsize,
-        groups=work.groups,
-        taught=tokens if serves(torch.device(device)) else work.widest,
+        taught=min(max(work.groups), tokens if serves(torch.device(device)) else work.widest),
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
         table=max(rows, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
-        coefficients=3 * 4 * coefficients,
+        coefficients=3 * 4 * sum(trained),
         optimizer=optimizer[0],
-        update=max(optimizer[1], 5 * 4 * coefficients),
+        update=max(optimizer[1], 4 * (3 * sum(trained) + 4 * _alike(trained))),
         parameters=sum(sizes) + vocabulary * width,
     )
+
+
+def _alike(trained: Sequence[int]) -> int:
+    """Numbers: of the coefficients that `similarity` compares at once, since their shape is the
+    same."""
+    return max((size * count for size, count in Counter(trained).items()), default=0)
 
 
 def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> int:

@@ -14,9 +14,10 @@ class Workload:
     """Tokens count with the padding that is computed beside them."""
 
     largest: tuple[int, ...]  # tokens of each source in the pass that computes most
+    groups: tuple[int, ...]  # in that pass, of rows about equally long, the longest first; a 0
+    # follows where it has one group, and others have several
     widest: int  # tokens of one source in a pass
     longest: int  # tokens of a row
-    groups: int  # how many groups of rows about equally long a pass has, at most
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
 
@@ -26,16 +27,32 @@ def workload(
 ) -> Workload:
     """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
     items = items_of_a_fit(lengths, settings, processes)
-    largest, widest, passes, tokens, most = (0,) * len(lengths), 0, 0, 0, 1
-    while together := list(islice(items, settings.batch_size)):
-        own, count = _computed(together, lengths)
-        most = max(most, count)
-        largest, widest = max(largest, own, key=sum), max(widest, *own)
-        passes, tokens = passes + 1, tokens + sum(own)
-    if alone > sum(largest):
-        largest = (alone, *[0] * (len(lengths) - 1))
-    widest, longest = max(widest, alone), max(alone, *map(max, lengths))
-    return Workload(largest, widest, longest, most, -(-passes // processes), tokens // processes)
+    largest, widest, passes, tokens, most = [[0] * len(lengths)], 0, 0, 0, 1
+    while own := list(islice(items, settings.batch_size)):
+        found = _computed(own, lengths)
+        largest = max(largest, found, key=_total)
+        most, widest = max(most, len(found)), max(widest, *_of_sources(found))
+        passes, tokens = passes + 1, tokens + _total(found)
+    if alone > _total(largest):
+        largest = [[alone, *[0] * (len(lengths) - 1)]]
+    if len(largest) < min(most, 2):
+        largest = [*largest, [0] * len(lengths)]
+    return Workload(
+        _of_sources(largest),
+        tuple(map(sum, largest)),
+        max(widest, alone),
+        max(alone, *map(max, lengths)),
+        -(-passes // processes),
+        tokens // processes,
+    )
+
+
+def _total(groups: Sequence[Sequence[int]]) -> int:
+    return sum(map(sum, groups))
+
+
+def _of_sources(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*groups, strict=True)))
 
 
 def items_of_a_fit(
@@ -58,12 +75,15 @@ def items_of_a_fit(
 
 def _computed(
     items: Iterable[tuple[int, ...]], lengths: Sequence[Sequence[int]]
-) -> tuple[tuple[int, ...], int]:
-    """Tokens of each source that go through the model for some items, and in how many groups."""
+) -> list[list[int]]:
+    """Of each group of rows that some items have, the tokens of each source that go through the
+    model."""
     owners = [source for item in items for source in range(len(item))]
     own = [lengths[source][number] for item in items for source, number in enumerate(item)]
-    totals, found = [0] * len(lengths), groups(own)
-    for together in found:
-        for row in together:
-            totals[owners[row]] += own[together[0]]
-    return tuple(totals), len(found)
+    result = []
+    for group in groups(own):
+        totals = [0] * len(lengths)
+        for row in group:
+            totals[owners[row]] += own[group[0]]
+        result.append(totals)
+    return result

@@ -17,7 +17,6 @@ from mergekit_dam.inputs import Inputs, rows_of
 Offload = Literal["none", "cpu", "disk"]
 ALIGNMENT = 512  # bytes, of a tensor in an arena
 
-
 Read = Callable[[Collection[str]], Mapping[str, Inputs]]
 
 
@@ -202,4 +201,5 @@ class _Copy:
         return self._inputs
 
 
-STORES = {"none": Held, "cpu": InHostMemory, "disk": OnDisk}
+Store = Held | OnDisk | InHostMemory
+STORES: Mapping[Offload, type[Store]] = {"none": Held, "cpu": InHostMemory, "disk": OnDisk}

@@ -1,7 +1,7 @@
 """The sources' weights, gathered by mergekit."""
 
 import functools
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from mergekit_dam.compatible import differing_shapes
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import combine_all
 from mergekit_dam.inputs import Inputs, Together
-from mergekit_dam.model.offload import STORES, Offload
+from mergekit_dam.model.offload import STORES, Offload, Store
 from mergekit_dam.plan import OutputTensor, Plan
 from mergekit_dam.task_vectors import Preparation, prepare
 
@@ -24,8 +24,12 @@ class Stack:
     teachers: int  # how many of these teach; a base that does not is the last
     shape: torch.Size
     dtype: torch.dtype  # in which the merge writes the result
-    load: Callable[..., Inputs]  # to the device; with numbers of rows these alone
-    load_source: Callable[..., Tensor]  # one of them alone, by its place; likewise
+    name: str
+    store: Store
+
+    def load(self, ids: Tensor | None = None) -> Inputs:
+        """On the device; with `ids` these rows alone."""
+        return self.store.get(self.name, ids)
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -37,7 +41,9 @@ class Stack:
 
     def source(self, row: int, ids: Tensor | None = None) -> Tensor | None:
         """The tensor of one source, or some rows of it; None where it has none."""
-        return self.load_source(self.rows.index(row), ids) if row in self.rows else None
+        if row not in self.rows:
+            return None
+        return self.store.source(self.name, self.rows.index(row), ids)
 
     def own(self, coefficients: Tensor, count: int | None = None) -> Tensor:
         """[n, *B], of the sources that have this tensor or of so many of them, from those of all
@@ -89,8 +95,8 @@ class SourceWeights:
             teachers=sum(row < len(self._plan.teachers) for row in rows),
             shape=first.shape,
             dtype=output.out_dtype or _promoted(tensors),
-            load=functools.partial(self._store.get, name),
-            load_source=functools.partial(self._store.source, name),
+            name=name,
+            store=self._store,
         )
 
     def _rows(self, tensors: dict) -> tuple[int, ...]:
