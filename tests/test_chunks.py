@@ -36,9 +36,10 @@ SOURCES = [0, 0, 1, 1]
 
 @pytest.fixture
 def make(recipe, tmp_path):
-    def make(name: str):
+    def make(name: str, **dam):
         models = tiny.save_models(tmp_path, CONFIGS[name], 2)
-        return prepare(read_recipe(str(recipe(models))), MergeOptions(quiet=True), device="cpu")
+        path = str(recipe(models, dam=dam))
+        return prepare(read_recipe(path), MergeOptions(quiet=True), device="cpu")
 
     return make
 
@@ -134,6 +135,23 @@ def test_one_sources_head_is_there_at_a_time(make, in_small_chunks, monkeypatch)
     distil(**batch(ROWS, SOURCES))["loss"].backward()
     assert most == [0, 0]  # once for each source, though chunks go through both
     assert not any(reference() for reference in alive)
+
+
+def test_one_chunks_gradients_are_there_at_a_time(make, in_small_chunks, monkeypatch):
+    """Beside their sum, as large as the head."""
+    merged, alive, most = make("llama", compute_dtype="bfloat16").merged, [], []
+    of_chunk = chunks.ChunkedLoss._chunk
+
+    def counting(self, *args):
+        most.append(sum(reference() is not None for reference in alive))
+        found = of_chunk(self, *args)
+        alive.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(chunks.ChunkedLoss, "_chunk", counting)
+    Distillation(merged, Objective())(**batch(ROWS, SOURCES))
+    assert len(most) > 2
+    assert not any(most)
 
 
 def test_held_out_figures_do_not_depend_on_the_chunks(make, monkeypatch):

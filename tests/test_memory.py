@@ -166,10 +166,24 @@ def test_so_does_one_whose_sources_teach_together(recipe, tmp_path, monkeypatch,
     compare(recipe, tmp_path, name, {})
 
 
-@pytest.mark.parametrize("name", ["activations", "depth", "vocabulary", "head", "tables"])
+CASTS = [  # dtypes of the sources and of the passes
+    ("bfloat16", "float32"),
+    ("float16", "bfloat16"),
+    ("float32", "bfloat16"),
+    ("bfloat16", "bfloat16"),
+]
+
+
 @pytest.mark.parametrize(
-    "dtype, computed",
-    [("bfloat16", "float32"), ("float16", "bfloat16"), ("float32", "bfloat16")],
+    "name, dtype, computed",
+    [
+        *(
+            (name, *c)
+            for name in ("activations", "depth", "chunks", "head", "tables")
+            for c in CASTS
+        ),
+        ("positions", "bfloat16", "float32"),  # a teacher's block is a copy
+    ],
 )
 def test_so_does_one_in_another_dtype_than_the_weights(recipe, tmp_path, name, dtype, computed):
     """Merged weights of no other are ever there."""

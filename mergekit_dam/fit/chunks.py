@@ -66,6 +66,7 @@ class ChunkedLoss:
             if wants:
                 gradient[chunk] = found.pop(0)
             of_head = _added(of_head, found)
+            del found  # as large as the head, before the next chunk's comes
         loss = sum((self._weighted(own) for own in totals), zero)
         pairs = [(states, gradient)] if wants else []
         if of_head:

@@ -43,6 +43,7 @@ class Needs:
     optimizer: int = 0  # coefficients with their moments
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
     taught: int = 0  # tokens of the teachers that go through a block at once
+    cast: int = 0  # a source's block, where it is a copy in another dtype
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
@@ -50,7 +51,7 @@ class Needs:
         block's weights, those of an embedding, which come last, or the optimiser's step."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
         held = self.blocks if recompute == "none" else 0
-        taught = 4 * self.taught * self.kept.widest  # what a block makes and does not keep
+        taught = self.cast + 4 * self.taught * self.kept.widest  # which a block does not keep
         at_head = self.head + self.losses + 3 * self.states
         passing = max(taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
@@ -101,6 +102,7 @@ def needs(
         kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
         states=tokens * width * dtype.itemsize,
         taught=min(max(work.groups), tokens if serves(torch.device(device)) else work.widest),
+        cast=max(sizes) * dtype.itemsize * is_cast,
         blocks=sum(sizes) * dtype.itemsize,
         block=max(sizes) * dtype.itemsize,
         matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
