@@ -22,7 +22,7 @@ from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.forecast import held, merged_skeleton
 from mergekit_dam.fit.memory import Needs
-from mergekit_dam.fit.objective import Distillation
+from mergekit_dam.fit.objective import Distillation, interference
 from mergekit_dam.fit.optimizer import DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.place import choose_recompute, groups_of, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
@@ -123,7 +123,8 @@ def compare(
         step()
         states = (s for state in optimizer.state.values() for s in state.values())
         parameters = (p for group in optimizer.param_groups for p in group["params"])
-        there = sum(tensor.nbytes for tensor in (*states, *parameters))
+        known = interference(found.merged) if "weighted_overlap" in str(dam) else ()
+        there = sum(tensor.nbytes for tensor in (*states, *parameters, *known))
         with Live() as live:
             step()
         assert found.needs.of(mode) == pytest.approx(there + live.most, rel=0.15), mode
@@ -203,6 +204,23 @@ def test_so_do_other_terms(recipe, tmp_path, terms):
 @pytest.mark.parametrize("granularity", ["element", "row"])
 def test_so_does_the_optimiser(recipe, tmp_path, granularity, basis):
     compare(recipe, tmp_path, "weights", {"granularity": granularity, "basis": basis})
+
+
+@pytest.mark.parametrize(
+    "terms",
+    [
+        {"similarity": 0},
+        {"similarity": 0, "l1": 1, "l2": 1},
+        {"similarity": 0, "overlap": 1},
+        {"overlap": 1},
+        {"weighted_overlap": 1},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("sources", [2, 4])
+def test_so_do_terms_of_the_coefficients(recipe, tmp_path, terms, sources):
+    dam = {"objective": terms, "granularity": "element", "basis": "coefficients"}
+    compare(recipe, tmp_path, "narrow", dam, sources=sources)
 
 
 @pytest.mark.parametrize("name", ["tables", "head", "positions"])

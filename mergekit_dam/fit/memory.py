@@ -40,7 +40,7 @@ class Needs:
     head: int = 0  # the head's merged weights, and a source's where they are a copy
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
-    optimizer: int = 0  # coefficients with their moments
+    optimizer: int = 0  # coefficients with their moments, and what is known of pairs of sources
     update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
     taught: int = 0  # tokens of the teachers that go through a block at once
     cast: int = 0  # a source's block, where it is a copy in another dtype
@@ -94,6 +94,7 @@ def needs(
     text = config.get_text_config()
     vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
     largest = own[sizes.index(max(sizes))]
+    weights, kept, last = _of_coefficients(trained, len(work.largest), objective)
     rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
@@ -109,17 +110,26 @@ def needs(
         table=max(rows, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
-        coefficients=3 * 4 * sum(trained),
-        optimizer=optimizer[0],
-        update=max(optimizer[1], 4 * (3 * sum(trained) + 4 * _alike(trained))),
+        coefficients=kept,
+        optimizer=optimizer[0] + weights,
+        update=max(optimizer[1], last),
         parameters=sum(sizes) + vocabulary * width,
     )
 
 
-def _alike(trained: Sequence[int]) -> int:
-    """Numbers: of the coefficients that `similarity` compares at once, since their shape is the
-    same."""
-    return max((size * count for size, count in Counter(trained).items()), default=0)
+def _of_coefficients(
+    trained: Sequence[int], sources: int, objective: Objective
+) -> tuple[int, int, int]:
+    """Bytes: what the terms that compare coefficients keep for all steps; the gradients, with what
+    these terms keep in a step; and what is there while the last, `similarity`, is differentiated,
+    which looks at all tensors of a shape at once."""
+    gradients, pairs = 4 * sum(trained), (sources - 1) / 2  # of sources, for each source
+    alike = 4 * max((size * count for size, count in Counter(trained).items()), default=0)
+    known = pairs * gradients if objective.weighted_overlap else 0
+    overlaps = 2 * pairs * gradients if objective.overlap or objective.weighted_overlap else 0
+    similar = 2 * gradients if objective.similarity else 0
+    last = gradients + similar + 4 * alike if objective.similarity else 0
+    return int(known), int(gradients + similar + overlaps), last
 
 
 def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> int:
