@@ -73,6 +73,42 @@ STEPS = {
 }  # fmt: skip
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+MIXERS = {"mamba_n_heads": 4, "mamba_d_head": 64, "mamba_d_state": 16, "mamba_n_groups": 1}
+OTHERS = {
+    "mixtral": (transformers.MixtralConfig(**SMALL, **EXPERTS), 200),
+    "gpt_oss": (transformers.GptOssConfig(**SMALL, **EXPERTS, head_dim=64), 200),
+    "qwen3_next": (
+        transformers.Qwen3NextConfig(
+            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=96,
+            shared_expert_intermediate_size=96, linear_num_value_heads=2, linear_num_key_heads=2,
+            linear_key_head_dim=64, linear_value_head_dim=64, head_dim=64,
+            layer_types=["linear_attention", "full_attention"],
+        ),
+        200,
+    ),
+    "granite_hybrid": (
+        transformers.GraniteMoeHybridConfig(
+            **SMALL, **EXPERTS, **MIXERS, mamba_chunk_size=64, shared_intermediate_size=96,
+            layer_types=["mamba", "attention"],
+        ),
+        200,
+    ),
+    "mamba": (transformers.MambaConfig(**SMALL, state_size=16), 60),
+    "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 200),  # alibi
+    "phi3": (transformers.Phi3Config(**SMALL), 200),  # one wide matrix for gate and up
+    "gemma3n": (  # several streams of hidden states
+        transformers.Gemma3nTextConfig(
+            **{**SMALL, "intermediate_size": [320, 320]}, head_dim=64, num_kv_shared_layers=0,
+            hidden_size_per_layer_input=16, vocab_size_per_layer_input=512, laurel_rank=16,
+            activation_sparsity_pattern=[0.0, 0.0],
+            layer_types=["sliding_attention", "full_attention"],
+        ),
+        100,
+    ),
+}  # fmt: skip
+
+
 @pytest.fixture(autouse=True)
 def _chunks(request, monkeypatch):
     """Pieces of a sixteenth, so that a small vocabulary goes in several."""
@@ -81,10 +117,13 @@ def _chunks(request, monkeypatch):
             monkeypatch.setattr(module, name, getattr(module, name) // 16)
 
 
-def prepared(recipe, folder: Path, config, rows: list[list[Row]], dtype="float32", **dam):
-    models = tiny.save_models(folder, config, len(rows))
+def prepared(
+    recipe, folder: Path, config, rows: list[list[Row]], dtype="float32", *, base=False, **dam
+):
+    models = tiny.save_models(folder, config, len(rows) + base)
     data = [SourceData(own, own[:1]) for own in rows]
-    path = recipe(models, dtype=dtype, dam={"batch_size": 1, **dam})
+    keys = {"base_model": str(models[-1])} if base else {}
+    path = recipe(models[: len(rows)], dtype=dtype, dam={"batch_size": 1, **dam}, **keys)
     return prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
 
 
@@ -108,7 +147,7 @@ def compare(
     recipe, folder: Path, name: str, dam: dict, *, lengths: int = 1, sources: int = SOURCES
 ) -> None:
     """Within 15 %, counted tensor by tensor; with rows of so many lengths."""
-    config, length = STEPS[name]
+    config, length = {**STEPS, **OTHERS}[name]
     lengths = [length - n % lengths * length // (lengths + 1) for n in range(sources)]
     found, step, optimizer = stepping(recipe, folder, config, lengths, dam)
     for mode in MODES:
@@ -144,6 +183,22 @@ def test_so_does_one_with_rows_of_two_lengths(recipe, tmp_path, name):
 def test_so_does_one_with_more_sources(recipe, tmp_path, name, sources, lengths, granularity):
     dam = {"granularity": granularity}
     compare(recipe, tmp_path, name, dam, sources=sources, lengths=lengths)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_so_does_one_of_other_architectures(recipe, tmp_path, name):
+    compare(recipe, tmp_path, name, {}, sources=3, lengths=2)
+
+
+@pytest.mark.parametrize("granularity", ["column", "element"])
+def test_so_does_one_with_a_base(recipe, tmp_path, granularity):
+    """Which has coefficients, and does not teach."""
+    compare(recipe, tmp_path, "vocabulary", {"granularity": granularity, "base": True}, sources=3)
+
+
+@pytest.mark.parametrize("part", ["linear", "norm", "embedding"])
+def test_so_does_one_that_trains_a_part(recipe, tmp_path, part):
+    compare(recipe, tmp_path, "depth", {"train": {part: False}}, sources=3, lengths=2)
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "chunks", "head"])
@@ -207,6 +262,7 @@ def test_so_does_the_optimiser(recipe, tmp_path, granularity, basis):
         {"similarity": 0, "overlap": 1},
         {"overlap": 1},
         {"weighted_overlap": 1},
+        {"overlap": 1, "weighted_overlap": 1},
     ],
     ids=str,
 )

@@ -69,6 +69,7 @@ def test_a_weight_is_made_once_for_rows_of_all_lengths(make, watch, recompute, t
     watched = watch(merged)
     assert len(groups(LENGTHS)) == 3
     step(merged)
+    assert all(rows for name, rows in watched if name == table)
     made = Counter(name for name, _ in watched)
     assert made.pop(table) == 3  # each length looks up its own
     assert max(made.values()) == times

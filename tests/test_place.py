@@ -23,10 +23,11 @@ NEEDS = Needs(
     tokens=10,
     groups=(10,),
     widest=10,
-    kept=Activations(all=1000, largest=200, inputs=50, widest=20),
+    kept=Activations(all=1000, largest=200, inputs=50, taught=80, passing=40),
     states=100,
     blocks=50_000,
     block=1000,
+    gradients=1000,
     matrix=300,
 )
 

@@ -59,7 +59,8 @@ class Outline:
         coefficients = foreseen_shapes(settings, shapes, skeleton)
         numbers = {name: len(plan.sources) * prod(shape) for name, shape in coefficients.items()}
         names = trained_tensors(skeleton, settings)
-        trained = [numbers[name] for name in names if name in numbers]
+        trained = {name: numbers[name] for name in names if name in numbers}
+        count = sum(trained.values())
         dtype = choose_dtype(settings, shapes.dtypes(), self.device)
         is_cast = shapes.dtypes() != {dtype}
         sizes = held(shapes, settings, skeleton)
@@ -75,7 +76,8 @@ class Outline:
             is_cast=is_cast,
             shapes=coefficients,
             trained=trained,
-            optimizer=_of_optimizer(plan, settings, sum(trained)),
+            sources=len(plan.sources),
+            optimizer=_of_optimizer(plan, settings, count),
             trust_remote_code=trust_remote_code,
         )
         begins = None
@@ -83,7 +85,7 @@ class Outline:
             rows, sources = start_rows(plan, settings, self.data), len(plan.sources)
             begins = start_needs(
                 plan.model_config, skeleton, dtype, rows, names, sources,
-                max(trained, default=0) // sources,
+                max(trained.values(), default=0) // sources,
                 trust_remote_code=trust_remote_code,
             )  # fmt: skip
         where = place(
@@ -97,7 +99,7 @@ class Outline:
             own=len(plan.models_of_their_own) / len(plan.sources),
             is_cast=is_cast,
         )
-        return Forecast(numbers, sum(trained), dtype, sizes, work, found, where)
+        return Forecast(numbers, count, dtype, sizes, work, found, where)
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place

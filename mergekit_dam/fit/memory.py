@@ -1,7 +1,7 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -35,13 +35,15 @@ class Needs:
     states: int  # the final hidden states of the tokens
     blocks: int  # the merged weights of all blocks but embeddings and head
     block: int  # of the largest of them
-    matrix: int  # its largest tensor
+    gradients: int  # of that, those that are trained
+    matrix: int  # the largest of these
     table: int = 0  # of an embedding, the rows that are looked up, and what is made for them
     head: int = 0  # the head's merged weights, and a source's where they are a copy
     losses: int = 0  # of a chunk of tokens, from the logits to their gradients and the head's
     coefficients: int = 0  # their gradients, and their products in the terms that compare them
-    optimizer: int = 0  # coefficients with their moments, and what is known of pairs of sources
-    update: int = 0  # what its step takes beside these; or the last of backward, on coefficients
+    optimizer: int = 0  # coefficients with their moments
+    known: int = 0  # of pairs of sources, for `weighted_overlap`
+    last: int = 0  # at the end of backward, on coefficients alone; or in the optimiser's step
     taught: int = 0  # tokens of the teachers that go through a block at once
     cast: int = 0  # a source's block, where it is a copy in another dtype
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
@@ -51,23 +53,24 @@ class Needs:
         block's weights, those of an embedding, which come last, or the optimiser's step."""
         kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
         held = self.blocks if recompute == "none" else 0
-        taught = self.cast + 4 * self.taught * self.kept.widest  # which a block does not keep
+        taught = self.cast + self.taught * self.kept.taught
         at_head = self.head + self.losses + 3 * self.states
         passing = max(taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
-        return int(self.optimizer + max(step, self.coefficients + self.table, self.update))
+        always = self.optimizer + self.known
+        return int(always + max(step, self.coefficients + self.table, self.last))
 
     def _in_a_block(self, recompute: Recompute) -> Iterator[float]:
         """While its gradients are computed, those of the shortest rows first: activations go as
         they are differentiated, and weights go with the last of their gradients."""
-        largest, passing = self.kept.largest, 2 * self.kept.widest  # for each token
+        largest, passing = self.kept.largest, self.kept.passing  # for each token
         made = {"block": self.block + self.tokens * largest, "weights": self.block, "none": 0}
         there, waiting = made[recompute] + self.matrix, 0  # gradients, for those of longer rows
         for tokens in reversed(self.groups):
             yield there + waiting + passing * tokens
-            there, waiting = there - tokens * largest, self.block + self.matrix
+            there, waiting = there - tokens * largest, self.gradients
         if recompute == "weights":  # made again, they stay until all their gradients are there
-            yield there + self.block + passing * self.groups[0]
+            yield there + self.gradients + passing * self.groups[0]
 
 
 def needs(
@@ -80,7 +83,8 @@ def needs(
     device: str,
     is_cast: bool,  # the passes are in another dtype than the sources
     shapes: Mapping[str, Sequence[int]],  # output tensor -> [*B], of its coefficients
-    trained: Sequence[int],  # how many coefficients each trained tensor has
+    trained: Mapping[str, int],  # output tensor -> how many coefficients it has, of all sources
+    sources: int,  # which have coefficients
     optimizer: tuple[int, int],  # see `optimizer.memory`
     trust_remote_code: bool,
 ) -> Needs:
@@ -89,47 +93,65 @@ def needs(
     inner = {p: b for p, b in skeleton.blocks() if not any(b is end for end in ends)}
     names = {path: skeleton.tensors.get(f"{path}.weight") for path in inner}
     tables = {p: b for p, b in inner.items() if isinstance(b, nn.Embedding) and names[p]}
-    own = [block for path, block in inner.items() if path not in tables]
-    sizes = [sum(parameter.numel() for parameter in block.parameters()) for block in own]
+    own = {path: block for path, block in inner.items() if path not in tables}
+    sizes = {p: sum(parameter.numel() for parameter in b.parameters()) for p, b in own.items()}
+    most, frozen = max(sizes, key=sizes.__getitem__), _frozen(skeleton, trained)
+    with_gradients = [
+        parameter.numel()
+        for name, parameter in own[most].named_parameters()
+        if f"{most}.{name}" not in frozen
+    ]
     text = config.get_text_config()
     vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
-    largest = own[sizes.index(max(sizes))]
-    weights, kept, last = _of_coefficients(trained, len(work.largest), objective)
+    teachers, numbers = len(work.largest), list(trained.values())
+    known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
+    kept = measure(config, dtype, work.longest, frozen, trust_remote_code=trust_remote_code)
     rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
         groups=work.groups,
         widest=work.widest,
-        kept=measure(config, dtype, work.longest, trust_remote_code=trust_remote_code),
+        kept=kept,
         states=tokens * width * dtype.itemsize,
         taught=min(max(work.groups), tokens if serves(torch.device(device)) else work.widest),
-        cast=max(sizes) * dtype.itemsize * is_cast,
-        blocks=sum(sizes) * dtype.itemsize,
-        block=max(sizes) * dtype.itemsize,
-        matrix=max((p.numel() for p in largest.parameters()), default=0) * dtype.itemsize,
+        cast=sizes[most] * dtype.itemsize * is_cast,
+        blocks=sum(sizes.values()) * dtype.itemsize,
+        block=sizes[most] * dtype.itemsize,
+        gradients=sum(with_gradients) * dtype.itemsize,
+        matrix=max(with_gradients, default=0) * dtype.itemsize,
         table=max(rows, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
-        coefficients=kept,
-        optimizer=optimizer[0] + weights,
-        update=max(optimizer[1], last),
-        parameters=sum(sizes) + vocabulary * width,
+        coefficients=coefficients,
+        optimizer=optimizer[0],
+        known=known,
+        last=max(optimizer[1], last),
+        parameters=sum(sizes.values()) + vocabulary * width,
     )
 
 
+def _frozen(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
+    """The parameters of the model that have no gradients."""
+    return {parameter for parameter, name in skeleton.tensors.items() if name not in trained}
+
+
 def _of_coefficients(
-    trained: Sequence[int], sources: int, objective: Objective
+    trained: Sequence[int], sources: int, teachers: int, objective: Objective
 ) -> tuple[int, int, int]:
     """Bytes: what the terms that compare coefficients keep for all steps; the gradients, with what
     these terms keep in a step; and what is there while the last, `similarity`, is differentiated,
     which looks at all tensors of a shape at once."""
-    gradients, pairs = 4 * sum(trained), (sources - 1) / 2  # of sources, for each source
-    alike = 4 * max((size * count for size, count in Counter(trained).items()), default=0)
-    known = pairs * gradients if objective.weighted_overlap else 0
-    overlaps = 2 * pairs * gradients if objective.overlap or objective.weighted_overlap else 0
-    similar = 2 * gradients if objective.similarity else 0
-    last = gradients + similar + 4 * alike if objective.similarity else 0
-    return int(known), int(gradients + similar + overlaps), last
+    gradients = 4 * sum(trained)
+    compared = gradients * teachers / sources  # a base that does not teach takes no part
+    alike = max((size * count for size, count in Counter(trained).items()), default=0)
+    pairs = compared * (teachers - 1) / 2  # one number of each pair of sources
+    terms = bool(objective.overlap) + bool(objective.weighted_overlap)
+    similar, last = 0.0, 0.0
+    if objective.similarity:
+        similar = 2 * compared
+        last = gradients + similar + 16 * alike * teachers / sources
+    known = pairs if objective.weighted_overlap else 0
+    return int(known), int(gradients + similar + 2 * pairs * terms), int(last)
 
 
 def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> int:

@@ -14,8 +14,8 @@ class Workload:
     """Tokens count with the padding that is computed beside them."""
 
     largest: tuple[int, ...]  # tokens of each source in the pass that computes most
-    groups: tuple[int, ...]  # in that pass, of rows about equally long, the longest first; a 0
-    # follows where it has one group, and others have several
+    groups: tuple[int, ...]  # in that pass, of rows about equally long, the longest first; and a 0
+    # where it has one group, but others have several, whose gradients wait for each other's
     widest: int  # tokens of one source in a pass
     longest: int  # tokens of a row
     passes: int  # forward and backward, of one process

@@ -1,8 +1,8 @@
 """How much a model keeps between forward and backward, measured without computing anything."""
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -11,11 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, masking_utils
+from transformers.integrations import moe
 
+from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
 TOKENS = 64  # of the trial, where each token keeps the same however long the row is
+MANY = 2**20  # tokens, beside which a block's weights do not count
 
 
 @dataclass(frozen=True)
@@ -25,11 +29,17 @@ class Activations:
     all: float  # what autograd keeps of the whole model, but for its weights
     largest: float  # of the block that keeps most
     inputs: float  # of all blocks
-    widest: float  # the largest tensor of those that are kept
+    taught: float  # what a block without gradients has at most
+    passing: float  # what one with gradients has at most, beside what it keeps
 
 
 def measure(
-    config: PretrainedConfig, dtype: torch.dtype, tokens: int, *, trust_remote_code: bool
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    tokens: int,
+    frozen: Collection[str] = (),  # parameters without gradients
+    *,
+    trust_remote_code: bool,
 ) -> Activations:
     """Runs the model on tensors without storage. Where attention keeps every pair of tokens (it is
     `eager`, or has a mask for a window), for a row of so many. Models that cannot run so are
@@ -38,6 +48,8 @@ def measure(
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                parameter.requires_grad_(name not in frozen)
             has_pairs = model.config._attn_implementation == "eager" or window <= tokens
             return _measure(model, tokens if has_pairs else TOKENS)
     except Exception:  # whatever stops such a run would not stop a real one
@@ -51,21 +63,33 @@ def without_storage() -> Iterator[None]:
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _without_packed_rows():
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_values():
             yield
     finally:
         log.disabled = before
 
 
 @contextmanager
-def _without_packed_rows() -> Iterator[None]:
+def _without_values() -> Iterator[None]:
     """transformers looks whether positions are those of several rows in one, and makes a mask for
-    them where it cannot see that: positions without storage do not tell."""
-    with patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None, create=True):
+    them where it cannot see that: positions without storage do not tell. Products of experts it
+    has to make in an operation that runs without storage in all dtypes."""
+    packed = patch.object(
+        masking_utils, "find_packed_sequence_indices", lambda _: None, create=True
+    )
+    experts = patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True)
+    with packed, experts:
         yield
 
 
 def _measure(model: nn.Module, tokens: int) -> Activations:
+    of_all, largest, inputs = _kept(model, tokens)
+    taught, most = _at_most(model, tokens)
+    return Activations(of_all, largest, inputs, taught, max(most - largest, 0))
+
+
+def _kept(model: nn.Module, tokens: int) -> tuple[float, float, float]:
+    """Bytes for each token: that all blocks keep, that the largest does, and that all are given."""
     own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[Any, Tensor] = {}  # holding the tensors keeps their storages apart
     blocks, inputs = [], 0
@@ -78,22 +102,64 @@ def _measure(model: nn.Module, tokens: int) -> Activations:
     def size() -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
-    def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
         nonlocal inputs
         given = [x for x in (*args[:1], kwargs.get("hidden_states")) if isinstance(x, Tensor)]
         inputs += sum(x.numel() * x.element_size() for x in given)
         blocks.append(size())
 
-    def after(module: nn.Module, args: tuple, output: Any) -> None:
+    def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         blocks[-1] = size() - blocks[-1]
 
-    for _, block in blocks_of(model.base_model):
-        block.register_forward_pre_hook(before, with_kwargs=True)
-        block.register_forward_hook(after)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.base_model(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-    widest = max(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    return Activations(*(n / tokens for n in (size(), max(blocks), inputs, widest)))
+        _run(model, 1, tokens, before, after)
+    return size() / tokens, max(blocks) / tokens, inputs / tokens
+
+
+def _at_most(model: nn.Module, tokens: int) -> tuple[float, float]:
+    """Bytes for each token that a block has at most, without gradients and with them: of so many
+    tokens that the gradients of its weights do not count."""
+    rows, found = max(1, MANY // tokens), {}
+
+    def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        kind = type(block), *(parameter.shape for parameter in block.parameters())
+        if kind not in found:
+            found[kind] = _alone(block, *tree_map_only(Tensor, _as_given, (args, kwargs)))
+
+    _run(model, rows, tokens, lambda *_: None, after)
+    taught, most = map(max, zip(*found.values(), strict=True))
+    return taught / rows / tokens, most / rows / tokens
+
+
+def _run(model: nn.Module, rows: int, tokens: int, before: Callable, after: Callable) -> None:
+    """A pass, with hooks around each block."""
+    with ExitStack() as hooks:
+        for _, block in blocks_of(model.base_model):
+            for add, hook in (
+                (block.register_forward_pre_hook, before),
+                (block.register_forward_hook, after),
+            ):
+                hooks.callback(add(hook, with_kwargs=True).remove)
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        model.base_model(input_ids=ids, use_cache=False)
+
+
+def _as_given(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
+    """Bytes that a block has at most by itself, without gradients and with them."""
+    with torch.no_grad(), Live() as taught:
+        block.forward(*args, **kwargs)  # without the hooks
+    with Live() as most:
+        made = [
+            tensor for tensor in tensors(block.forward(*args, **kwargs)) if tensor.requires_grad
+        ]
+        if made:
+            torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])
+    block.zero_grad()
+    return taught.most, most.most
 
 
 def _storage(tensor: Tensor) -> int:
@@ -103,8 +169,9 @@ def _storage(tensor: Tensor) -> int:
 def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
     wide = max(inner, width)
-    layer, inputs, widest = (
-        n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, wide)
+    layer, inputs, taught, passing = (
+        n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, 4 * wide, 2 * wide)
     )
-    return Activations(layers * layer, layer, inputs, widest)
+    return Activations(layers * layer, layer, inputs, taught, passing)

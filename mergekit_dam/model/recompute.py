@@ -65,7 +65,7 @@ class _Activations:
         self._seen = 0  # when they are made again
 
     def place(self, saved: Tensor) -> "_Place | Tensor":
-        if _storage(saved) in self._given:  # ids of a table are all that it saves
+        if _storage(saved) in self._given:  # of a plain table the ids: nothing is made again
             return saved
         place = _Place(len(self._places), saved.shape)
         self._places.append(weakref.ref(place))
