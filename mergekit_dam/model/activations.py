@@ -1,8 +1,9 @@
-"""How much a model keeps between forward and backward, measured without computing anything."""
+"""What a model keeps between forward and backward, and what its blocks make beside that, measured
+without computing anything."""
 
 import logging
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -59,7 +60,7 @@ def measure(
 @contextmanager
 def without_storage() -> Iterator[None]:
     """A context whose tensors have no storage; without the traceback that torch logs for an
-    operation that it cannot run so, such as the grouped products of experts in float32."""
+    operation that it cannot run so."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -118,15 +119,21 @@ def _kept(model: nn.Module, tokens: int) -> tuple[float, float, float]:
 
 def _at_most(model: nn.Module, tokens: int) -> tuple[float, float]:
     """Bytes for each token that a block has at most, without gradients and with them: of so many
-    tokens that the gradients of its weights do not count."""
+    tokens that the gradients of its weights do not count. Embeddings and norms take less than
+    layers, and most models have one kind of these: the pass ends after the last kind's first."""
     rows, found = max(1, MANY // tokens), {}
+    layers = [block for _, block in blocks_of(model.base_model) if any(block.children())]
+    left = {_kind(block) for block in layers}
 
     def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        kind = type(block), *(parameter.shape for parameter in block.parameters())
-        if kind not in found:
-            found[kind] = _alone(block, *tree_map_only(Tensor, _as_given, (args, kwargs)))
+        if _kind(block) in left:
+            left.remove(_kind(block))
+            found[_kind(block)] = _alone(block, *tree_map_only(Tensor, _as_given, (args, kwargs)))
+        if not left:
+            raise _Enough
 
-    _run(model, rows, tokens, lambda *_: None, after)
+    with suppress(_Enough):
+        _run(model, rows, tokens, lambda *_: None, after)
     taught, most = map(max, zip(*found.values(), strict=True))
     return taught / rows / tokens, most / rows / tokens
 
@@ -142,6 +149,15 @@ def _run(model: nn.Module, rows: int, tokens: int, before: Callable, after: Call
                 hooks.callback(add(hook, with_kwargs=True).remove)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         model.base_model(input_ids=ids, use_cache=False)
+
+
+class _Enough(Exception):
+    """Ends a pass."""
+
+
+def _kind(block: nn.Module) -> tuple:
+    """What blocks that take the same have in common."""
+    return type(block), *(parameter.shape for parameter in block.parameters())
 
 
 def _as_given(tensor: Tensor) -> Tensor:
