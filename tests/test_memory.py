@@ -305,6 +305,10 @@ STARTS = {
     "head": (8, 8, True),
     "gpt2": (100, 8, True),
     "tables": (64, 8, True),
+    "mixtral": (64, 8, True),
+    "mamba": (30, 4, False),
+    "bloom": (120, 4, True),
+    "gemma3n": (64, 8, True),
 }
 
 
@@ -314,7 +318,7 @@ STARTS = {
 )
 def test_the_start_takes_what_was_predicted(recipe, tmp_path, name, granularity):
     """Within 15 %, counted tensor by tensor."""
-    config, (longest, count, vary) = STEPS[name][0], STARTS[name]
+    config, (longest, count, vary) = {**STEPS, **OTHERS}[name][0], STARTS[name]
     vocabulary, draw = config.get_text_config().vocab_size, random.Random(0)
     rows = [
         [

@@ -19,7 +19,6 @@ from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
 PATHS = 2  # of each chunk: the merge's and the source's
-STATES = 2  # of each token on a path: of the embedding and of the last block
 VECTORS = 8  # of conjugate gradients
 KINDS = 2  # of rows, each with sums of its own
 MADE = 2  # of a part of a weight: its product, and that with what a source has for it
@@ -55,12 +54,13 @@ def start_needs(
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            blocks, masks = _pass(model, _solved(skeleton, trained), shape)
+            blocks, states, masks = _pass(model, _solved(skeleton, trained), shape)
     except Exception:  # whatever stops such a run would not stop a real one
         blocks, masks = _estimate(config, dtype.itemsize, _positions(largest)), 0
+        states = 2 * _positions(largest) * text.hidden_size * dtype.itemsize
     is_padded = len(largest[-1]) < len(largest[0])
     chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
-    states = STATES * sum(map(_positions, found)) * text.hidden_size * dtype.itemsize
+    states = states * sum(map(_positions, found)) // _positions(largest)
     masks = masks * sum(map(_pairs, found)) // _pairs(largest)
     return StartNeeds(
         states=PATHS * (states + masks),
@@ -147,17 +147,25 @@ class _Watch:
         self.seen: list[Seen] = []
         self._live, self._start, self._input = live, 0, None
         self._beside: dict[Any, int] = {}  # storage -> its bytes
+        self._waiting = 0  # bytes of all that is there before a block, at most
 
     @property
     def masks(self) -> int:
         """Bytes of what all blocks are given beside the states."""
         return sum(self._beside.values())
 
+    @property
+    def states(self) -> int:
+        """Bytes of what else the model holds between blocks, as the embedding and the last block
+        have it."""
+        return max(0, self._waiting - self.masks)
+
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         storages = (tensor.untyped_storage() for tensor in tensors((args[1:], kwargs)))
         self._beside |= {storage: storage.nbytes() for storage in storages}
         self.seen.append(Seen(sum(p.nbytes for p in block.parameters())))
         self._live.most = self._start = self._live.now
+        self._waiting = max(self._waiting, self._live.now)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         self.seen[-1].working = self._live.most - self._start
@@ -175,9 +183,9 @@ class _Watch:
 
 def _pass(
     model: nn.Module, solved: Collection[str], shape: tuple[int, int]
-) -> tuple[list[Seen], int]:
-    """The blocks, in the order in which rows go through them, and the bytes of masks and the like
-    that all of them are given."""
+) -> tuple[list[Seen], int, int]:
+    """The blocks, in the order in which rows go through them, and the bytes of states between them
+    and of masks and the like that all of them are given."""
     with Live() as live, torch.no_grad():
         watch = _Watch(live)
         for _, block in blocks_of(model):
@@ -187,7 +195,7 @@ def _pass(
             if path in solved and isinstance(layer, nn.Linear | Conv1D):
                 layer.register_forward_pre_hook(watch.layer)
         model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-    return watch.seen, watch.masks
+    return watch.seen, watch.states, watch.masks
 
 
 def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen]:
