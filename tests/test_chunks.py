@@ -23,6 +23,7 @@ CONFIGS = {
     **{name: tiny.CONFIGS[name] for name in ("llama", "llama_tied", "gemma2", "gpt2", "mixtral")},
     "granite": transformers.GraniteConfig(**tiny.SIZES, logits_scaling=7.0),
     "cohere2": transformers.Cohere2Config(**tiny.SIZES, logit_scale=0.3),
+    "opt": transformers.OPTConfig(**tiny.SIZES, ffn_dim=24, word_embed_proj_dim=16),
 }
 OBJECTIVE = Objective(kl=1, reverse_kl=0.5, jsd=0.4, mse=0.3, entropy=0.2, temperature=1.5)
 ROWS = [
@@ -85,8 +86,9 @@ def test_values_and_gradients_equal_the_loss_of_all_logits(make, name, in_small_
     assert not merged._split.is_whole
     torch.testing.assert_close(found, expected)
     plain = gradients(merged, expected)
+    most = max(gradient.abs().max() for gradient in plain.values())
     for tensor, gradient in gradients(merged, 3 * found).items():
-        bound = 6e-5 * plain[tensor].abs().max()
+        bound = 6e-5 * max(plain[tensor].abs().max(), 1e-3 * most)  # of keys' biases it is zero
         assert (gradient / 3 - plain[tensor]).abs().max() <= bound, tensor
 
 

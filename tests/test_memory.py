@@ -96,6 +96,12 @@ OTHERS = {
     ),
     "mamba": (transformers.MambaConfig(**SMALL, state_size=16), 60),
     "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 200),  # alibi
+    "opt": (  # calls a part of its inner model
+        transformers.OPTConfig(
+            **{**SMALL, "max_position_embeddings": 256}, ffn_dim=320, word_embed_proj_dim=128
+        ),
+        200,
+    ),
     "phi3": (transformers.Phi3Config(**SMALL), 200),  # one wide matrix for gate and up
     "gemma3n": (  # several streams of hidden states
         transformers.Gemma3nTextConfig(

@@ -25,22 +25,24 @@ class Split:
     """
 
     def __init__(self, model: PreTrainedModel):
-        self._model, inner = model, model.base_model
+        self._model = model
         self._answer: type | None = None  # what the inner model returns
-        self.is_whole = inner is model
-        # What the inner model does instead of its own `forward`; each pass has a context.
-        self._instead: ContextVar[Callable[..., Any]] = ContextVar("instead", default=inner.forward)
-        self._forward = inner.forward
+        self.is_whole = model.base_model is model
+        self._take(model.base_model)
+
+    def _take(self, inner: nn.Module) -> None:
+        """As the inner model, whose `forward` then does what a pass's context has in its place."""
+        own = inner.forward
+        instead: ContextVar[Callable[..., Any]] = ContextVar("instead", default=own)
+
+        @functools.wraps(own)  # models look at the arguments that it takes
+        def forward(*args, **kwargs):
+            return instead.get()(*args, **kwargs)
+
+        self._forward, self._instead = own, instead
         self._inside = frozenset(map(id, inner.modules()))
         if not self.is_whole:
-            inner.forward = self._answered()
-
-    def _answered(self) -> Callable[..., Any]:
-        @functools.wraps(self._forward)  # models look at the arguments that it takes
-        def forward(*args, **kwargs):
-            return self._instead.get()(*args, **kwargs)
-
-        return forward
+            inner.forward = forward
 
     @property
     def is_known(self) -> bool:
@@ -51,6 +53,9 @@ class Split:
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
         if not self.is_whole:
             outputs = self._inner_outputs(input_ids)
+            if outputs is None and not self.is_known:  # OPT calls a part of its inner model
+                self._take(self._model.get_decoder())
+                outputs = self._inner_outputs(input_ids)
             if self._answer is None:
                 self._find_out(outputs)
         if self.is_whole:
