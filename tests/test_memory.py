@@ -103,12 +103,12 @@ OTHERS = {
         200,
     ),
     "phi3": (transformers.Phi3Config(**SMALL), 200),  # one wide matrix for gate and up
-    "gemma3n": (  # several streams of hidden states
+    "gemma3n": (  # several streams of hidden states, and layers that share keys and values
         transformers.Gemma3nTextConfig(
-            **{**SMALL, "intermediate_size": [320, 320]}, head_dim=64, num_kv_shared_layers=0,
-            hidden_size_per_layer_input=16, vocab_size_per_layer_input=512, laurel_rank=16,
-            activation_sparsity_pattern=[0.0, 0.0],
-            layer_types=["sliding_attention", "full_attention"],
+            **{**SMALL, "intermediate_size": [320] * 4, "num_hidden_layers": 4}, head_dim=64,
+            num_kv_shared_layers=2, hidden_size_per_layer_input=16, vocab_size_per_layer_input=512,
+            laurel_rank=16, activation_sparsity_pattern=[0.0] * 4,
+            layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         100,
     ),
@@ -182,9 +182,13 @@ def test_so_does_one_with_rows_of_two_lengths(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, lengths=2)
 
 
-@pytest.mark.parametrize("name", [name for name in STEPS if name not in PAIRS])
 @pytest.mark.parametrize(
-    "sources, lengths, granularity", [(3, 3, "column"), (4, 2, "row"), (4, 4, "element")]
+    "name, sources, lengths, granularity",
+    [
+        *((name, 3, 3, "column") for name in ("activations", "depth", "gemma3", "positions")),
+        *((name, 4, 2, "row") for name in ("little vocabulary", "shared heads", "tied", "tables")),
+        *((name, 4, 4, "element") for name in ("narrow", "weights", "head", "gpt2")),
+    ],
 )
 def test_so_does_one_with_more_sources(recipe, tmp_path, name, sources, lengths, granularity):
     dam = {"granularity": granularity}
@@ -312,7 +316,6 @@ STARTS = {
     "gpt2": (100, 8, True),
     "tables": (64, 8, True),
     "mixtral": (64, 8, True),
-    "mamba": (30, 4, False),
     "bloom": (120, 4, True),
     "gemma3n": (64, 8, True),
 }

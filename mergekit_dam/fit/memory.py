@@ -132,7 +132,9 @@ def needs(
 
 def _frozen(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
     """The parameters of the model that have no gradients."""
-    return {parameter for parameter, name in skeleton.tensors.items() if name not in trained}
+    composed = (a.parameters for a in skeleton.assemblies if not set(a.names) & set(trained))
+    single = (parameter for parameter, name in skeleton.tensors.items() if name not in trained)
+    return {*single, *(parameter for parameters in composed for parameter in parameters)}
 
 
 def _of_coefficients(

@@ -203,6 +203,7 @@ def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen
     text = config.get_text_config()
     width, vocabulary = text.hidden_size, text.vocab_size
     inner = getattr(text, "intermediate_size", None) or 4 * width
+    inner = max(inner) if isinstance(inner, Sequence) else inner  # one for each layer
     layer = Seen(itemsize * width * (4 * width + 3 * inner), itemsize * tokens * 3 * inner)
     layer.groups += [Group(width, [inner, inner]), Group(inner, [width])]
     head = Seen(itemsize * width * vocabulary, itemsize * tokens * vocabulary)

@@ -1,8 +1,10 @@
 """What a model keeps between forward and backward, and what its blocks make beside that, measured
 without computing anything."""
 
+import copy
 import logging
-from collections.abc import Callable, Collection, Iterator
+from collections import UserDict
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from mergekit_dam.model.skeleton import blocks_of, make_model
 
 TOKENS = 64  # of the trial, where each token keeps the same however long the row is
 MANY = 2**20  # tokens, beside which a block's weights do not count
+OWN = (Tensor, UserDict)  # of which a block that runs once more has its own; others are containers
 
 
 @dataclass(frozen=True)
@@ -122,13 +125,14 @@ def _at_most(model: nn.Module, tokens: int) -> tuple[float, float]:
     tokens that the gradients of its weights do not count. Embeddings and norms take less than
     layers, and most models have one kind of these: the pass ends after the last kind's first."""
     rows, found = max(1, MANY // tokens), {}
-    layers = [block for _, block in blocks_of(model.base_model) if any(block.children())]
+    blocks = [block for _, block in blocks_of(model.base_model)]
+    layers = [block for block in blocks if any(block.children())] or blocks
     left = {_kind(block) for block in layers}
 
     def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if _kind(block) in left:
             left.remove(_kind(block))
-            found[_kind(block)] = _alone(block, *tree_map_only(Tensor, _as_given, (args, kwargs)))
+            found[_kind(block)] = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
         if not left:
             raise _Enough
 
@@ -156,12 +160,19 @@ class _Enough(Exception):
 
 
 def _kind(block: nn.Module) -> tuple:
-    """What blocks that take the same have in common."""
+    """What blocks that take about the same have in common: masks, which few keep, are not told
+    apart."""
     return type(block), *(parameter.shape for parameter in block.parameters())
 
 
-def _as_given(tensor: Tensor) -> Tensor:
-    return tensor.detach().requires_grad_(tensor.requires_grad)
+def _as_given(given: Any) -> Any:
+    """Without what it was made of; what layers share, and write to, in a copy."""
+    if isinstance(given, Tensor):
+        return given.detach().requires_grad_(given.requires_grad).clone()
+    copied = copy.copy(given)
+    for key, value in given.items():
+        copied[key] = tree_map_only(OWN, _as_given, value)
+    return copied
 
 
 def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
@@ -185,7 +196,7 @@ def _storage(tensor: Tensor) -> int:
 def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = getattr(config, "intermediate_size", None) or 4 * width
-    inner = max(inner) if isinstance(inner, list) else inner  # one for each layer
+    inner = max(inner) if isinstance(inner, Sequence) else inner  # one for each layer
     wide = max(inner, width)
     layer, inputs, taught, passing = (
         n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, 4 * wide, 2 * wide)
