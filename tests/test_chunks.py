@@ -88,7 +88,9 @@ def test_values_and_gradients_equal_the_loss_of_all_logits(make, name, in_small_
     plain = gradients(merged, expected)
     most = max(gradient.abs().max() for gradient in plain.values())
     for tensor, gradient in gradients(merged, 3 * found).items():
-        bound = 6e-5 * max(plain[tensor].abs().max(), 1e-3 * most)  # of keys' biases it is zero
+        bound = 6e-5 * plain[tensor].abs().max()
+        if name == "opt" and tensor.endswith("k_proj.bias"):  # zero but for roundings
+            bound = 1e-6 * most
         assert (gradient / 3 - plain[tensor]).abs().max() <= bound, tensor
 
 

@@ -238,7 +238,7 @@ CASTS = [  # dtypes of the sources and of the passes
     [
         *(
             (name, *c)
-            for name in ("activations", "depth", "chunks", "head", "tables")
+            for name in ("activations", "depth", "vocabulary", "chunks", "head", "tables")
             for c in CASTS
         ),
         ("positions", "bfloat16", "float32"),  # a teacher's block is a copy

@@ -1,7 +1,7 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -130,9 +130,9 @@ def needs(
     )
 
 
-def _frozen(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
+def _frozen(skeleton: Skeleton, trained: Mapping[str, int]) -> set[str]:
     """The parameters of the model that have no gradients."""
-    composed = (a.parameters for a in skeleton.assemblies if not set(a.names) & set(trained))
+    composed = (a.parameters for a in skeleton.assemblies if trained.keys().isdisjoint(a.names))
     single = (parameter for parameter, name in skeleton.tensors.items() if name not in trained)
     return {*single, *(parameter for parameters in composed for parameter in parameters)}
 

@@ -14,7 +14,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.least_squares import objective
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
-from mergekit_dam.model.activations import without_storage
+from mergekit_dam.model.activations import inner_width, without_storage
 from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
@@ -202,8 +202,7 @@ def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen
     """Like a Llama of the config's sizes."""
     text = config.get_text_config()
     width, vocabulary = text.hidden_size, text.vocab_size
-    inner = getattr(text, "intermediate_size", None) or 4 * width
-    inner = max(inner) if isinstance(inner, Sequence) else inner  # one for each layer
+    inner = inner_width(text)
     layer = Seen(itemsize * width * (4 * width + 3 * inner), itemsize * tokens * 3 * inner)
     layer.groups += [Group(width, [inner, inner]), Group(inner, [width])]
     head = Seen(itemsize * width * vocabulary, itemsize * tokens * vocabulary)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig, masking_utils
 from transformers.integrations import moe
 
-from mergekit_dam.model.live import Live, tensors
+from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
 TOKENS = 64  # of the trial, where each token keeps the same however long the row is
@@ -94,13 +94,13 @@ def _measure(model: nn.Module, tokens: int) -> Activations:
 
 def _kept(model: nn.Module, tokens: int) -> tuple[float, float, float]:
     """Bytes for each token: that all blocks keep, that the largest does, and that all are given."""
-    own = {_storage(t) for t in (*model.parameters(), *model.buffers())}
+    own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
     kept: dict[Any, Tensor] = {}  # holding the tensors keeps their storages apart
     blocks, inputs = [], 0
 
     def keep(tensor: Tensor) -> Tensor:
-        if _storage(tensor) not in own:
-            kept[_storage(tensor)] = tensor
+        if storage_of(tensor) not in own:
+            kept[storage_of(tensor)] = tensor
         return tensor
 
     def size() -> int:
@@ -130,9 +130,9 @@ def _at_most(model: nn.Module, tokens: int) -> tuple[float, float]:
     left = {_kind(block) for block in layers}
 
     def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if _kind(block) in left:
-            left.remove(_kind(block))
-            found[_kind(block)] = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
+        if (kind := _kind(block)) in left:
+            left.remove(kind)
+            found[kind] = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
         if not left:
             raise _Enough
 
@@ -189,14 +189,15 @@ def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     return taught.most, most.most
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def inner_width(config: PretrainedConfig) -> int:
+    """Of a layer's widest states; of the widest layer, where each has its own."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(inner) if isinstance(inner, Sequence) else inner
 
 
 def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
     layers, width = config.num_hidden_layers, config.hidden_size
-    inner = getattr(config, "intermediate_size", None) or 4 * width
-    inner = max(inner) if isinstance(inner, Sequence) else inner  # one for each layer
+    inner = inner_width(config)
     wide = max(inner, width)
     layer, inputs, taught, passing = (
         n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, 4 * wide, 2 * wide)

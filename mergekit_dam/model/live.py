@@ -17,10 +17,10 @@ class Live(TorchDispatchMode):
         self.most, self.now, self._sizes = 0, 0, {}
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tensors((args, kwargs))}
+        given = {storage_of(x) for x in tensors((args, kwargs))}
         result = operation(*args, **(kwargs or {}))
         for tensor in tensors(result):
-            if tensor.untyped_storage()._cdata not in given:
+            if storage_of(tensor) not in given:
                 self._count(tensor.untyped_storage())
         return result
 
@@ -34,6 +34,11 @@ class Live(TorchDispatchMode):
 
     def _uncount(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The same for all views of a tensor, as long as one of them is there; also without memory."""
+    return tensor.untyped_storage()._cdata
 
 
 def tensors(tree: object) -> list[torch.Tensor]:

@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.block import Block
-from mergekit_dam.model.live import tensors
+from mergekit_dam.model.live import storage_of, tensors
 from mergekit_dam.model.lookup import Lookup
 
 Recompute = Literal["block", "weights", "none"]
@@ -59,13 +59,13 @@ class _Activations:
 
     def __init__(self, block: Block, calls: Sequence[tuple[tuple, dict]]):
         self._block, self._calls = block, calls
-        self._given = {_storage(tensor) for tensor in tensors(calls)}  # which are there anyway
+        self._given = {storage_of(tensor) for tensor in tensors(calls)}  # which are there anyway
         self._places: list[weakref.ref[_Place]] = []  # some die: of results that nothing used
         self._made: dict[int, Tensor] = {}
         self._seen = 0  # when they are made again
 
     def place(self, saved: Tensor) -> "_Place | Tensor":
-        if _storage(saved) in self._given:  # of a plain table the ids: nothing is made again
+        if storage_of(saved) in self._given:  # of a plain table the ids: nothing is made again
             return saved
         place = _Place(len(self._places), saved.shape)
         self._places.append(weakref.ref(place))
@@ -86,7 +86,7 @@ class _Activations:
         self._require(self._seen == len(self._places))
 
     def _keep(self, saved: Tensor) -> None:
-        if _storage(saved) in self._given:
+        if storage_of(saved) in self._given:
             return
         place, self._seen = self._places[self._seen](), self._seen + 1
         if place is not None:
@@ -107,21 +107,17 @@ class _Enough(Exception):
     """Ends a run where all is made that is needed."""
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tensors_hooks:
     """A context in which autograd saves a weight's name and view in its place.
 
     The weight is made again in the backward pass, and given back when that has left the block.
     """
     made = {n: w for n, w in weights.items() if not isinstance(w, Lookup) and w.numel()}
-    storages = {_storage(weight): name for name, weight in made.items()}
+    storages = {storage_of(weight): name for name, weight in made.items()}
     again = _Again(block)
 
     def pack(saved: Tensor) -> Any:
-        name = storages.get(_storage(saved))
+        name = storages.get(storage_of(saved))
         if name is None:
             return saved
         return name, saved.shape, saved.stride(), saved.storage_offset()
