@@ -45,6 +45,9 @@ STEPS = {
     "narrow": (
         transformers.LlamaConfig(**{**SMALL, "hidden_size": 64, "intermediate_size": 128}), 8
     ),
+    "wide": (
+        transformers.LlamaConfig(**{**SMALL, "hidden_size": 512, "intermediate_size": 1024}), 8
+    ),
     "window": (transformers.Gemma3TextConfig(**SMALL, head_dim=64, sliding_window=48), 400),
     "every pair of tokens": (transformers.Gemma2Config(**SMALL, head_dim=64), 400),  # eager
     "head": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 32_000}), 8),
@@ -94,6 +97,20 @@ OTHERS = {
         ),
         200,
     ),
+    "granite_hybrid, long parts": (  # of a row, which are made up to be whole
+        transformers.GraniteMoeHybridConfig(
+            **SMALL, **EXPERTS, **MIXERS, mamba_chunk_size=256, shared_intermediate_size=96,
+            layer_types=["mamba", "attention"],
+        ),
+        100,
+    ),
+    "qwen3_moe": (  # norms between what sees the same input
+        transformers.Qwen3MoeConfig(
+            **SMALL, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=96, head_dim=64,
+            mlp_only_layers=[],
+        ),
+        200,
+    ),
     "mamba": (transformers.MambaConfig(**SMALL, state_size=16), 60),
     "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 200),  # alibi
     "opt": (  # calls a part of its inner model
@@ -111,6 +128,14 @@ OTHERS = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         100,
+    ),
+    "wide inputs": (  # of layers, beside the hidden states
+        transformers.Gemma4TextConfig(
+            **{**SMALL, "num_hidden_layers": 4}, head_dim=64, global_head_dim=64,
+            hidden_size_per_layer_input=256, vocab_size_per_layer_input=512, sliding_window=600,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+        200,
     ),
 }  # fmt: skip
 
@@ -173,11 +198,7 @@ def test_a_step_takes_what_was_predicted(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {})
 
 
-# Shorter rows have fewer pairs of tokens than the longest, as which all are foreseen.
-PAIRS = ("window", "every pair of tokens")
-
-
-@pytest.mark.parametrize("name", [name for name in STEPS if name not in PAIRS])
+@pytest.mark.parametrize("name", STEPS)
 def test_so_does_one_with_rows_of_two_lengths(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, lengths=2)
 
@@ -206,9 +227,15 @@ def test_so_does_one_with_a_base(recipe, tmp_path, granularity):
     compare(recipe, tmp_path, "vocabulary", {"granularity": granularity, "base": True}, sources=3)
 
 
-@pytest.mark.parametrize("part", ["linear", "norm", "embedding"])
-def test_so_does_one_that_trains_a_part(recipe, tmp_path, part):
-    compare(recipe, tmp_path, "depth", {"train": {part: False}}, sources=3, lengths=2)
+@pytest.mark.parametrize(
+    "name, part",
+    [
+        *(("depth", part) for part in ("linear", "norm", "embedding")),
+        *((name, "linear") for name in ("mixtral", "qwen3_next")),  # experts
+    ],
+)
+def test_so_does_one_that_trains_a_part(recipe, tmp_path, name, part):
+    compare(recipe, tmp_path, name, {"train": {part: False}}, sources=3, lengths=2)
 
 
 @pytest.mark.parametrize("name", ["vocabulary", "chunks", "head"])
@@ -242,6 +269,7 @@ CASTS = [  # dtypes of the sources and of the passes
             for c in CASTS
         ),
         ("positions", "bfloat16", "float32"),  # a teacher's block is a copy
+        ("wide", "bfloat16", "bfloat16"),  # parts of weights in float32
     ],
 )
 def test_so_does_one_in_another_dtype_than_the_weights(recipe, tmp_path, name, dtype, computed):
@@ -316,6 +344,10 @@ STARTS = {
     "gpt2": (100, 8, True),
     "tables": (64, 8, True),
     "mixtral": (64, 8, True),
+    "qwen3_next": (200, 2, True),
+    "qwen3_moe": (60, 2, True),
+    "phi3": (200, 2, True),
+    "granite_hybrid": (200, 6, True),
     "bloom": (120, 4, True),
     "gemma3n": (64, 8, True),
 }

@@ -19,11 +19,11 @@ from mergekit_dam.fit.place import choose_recompute, place, remedies, require_me
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model.activations import Activations
 
+KEPT = Activations(all=1000, largest=200, inputs=50, passed=20, taught=80, most=240, passing=40)
 NEEDS = Needs(
     tokens=10,
-    groups=(10,),
+    groups=((10, KEPT),),
     widest=10,
-    kept=Activations(all=1000, largest=200, inputs=50, taught=80, passing=40),
     states=100,
     blocks=50_000,
     block=1000,

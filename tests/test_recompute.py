@@ -5,8 +5,6 @@ import weakref
 import pytest
 import tiny
 import torch
-import transformers
-from commands import run
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
@@ -15,7 +13,6 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import recompute, weights
-from mergekit_dam.model.activations import measure
 
 QUIET = MergeOptions(quiet=True)
 MODES = ("block", "weights", "none")
@@ -136,37 +133,3 @@ def test_the_setting_changes_no_byte_of_the_file(recipe, tmp_path):
         for name in files[0].names:
             assert torch.equal(file.get(name), files[0].get(name))
         assert file.header.results == files[0].header.results
-
-
-def test_what_a_model_keeps_is_measured_without_computing():
-    config = transformers.LlamaConfig(
-        **{**tiny.SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
-    )
-    predicted = measure(config, torch.float32, 64, trust_remote_code=False)
-    model = transformers.LlamaForCausalLM(config)
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
-
-    def keep(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        model.model(input_ids=torch.ones(2, 32, dtype=torch.long), use_cache=False)
-    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 64
-    assert predicted.all == pytest.approx(real, rel=0.15)
-    assert predicted.largest == pytest.approx(real / 3, rel=0.15)
-    assert predicted.inputs == pytest.approx(4 * 128 * 4, rel=0.15)  # three layers and the norm
-
-
-@pytest.mark.parametrize("name", tiny.CONFIGS)
-def test_every_architecture_has_an_estimate(name):
-    found = measure(tiny.CONFIGS[name], torch.float32, 64, trust_remote_code=False)
-    assert found.all >= found.largest >= found.inputs / 6 > 0
-
-
-def test_a_model_that_cannot_be_measured_tells_nobody(recipe, tmp_path):
-    """torch logs a traceback where experts cannot run without computing."""
-    models = tiny.save_models(tmp_path, tiny.CONFIGS["mixtral"], 2)
-    assert "fake_tensor" not in run("mergekit-dam", "check", recipe(models)).stderr

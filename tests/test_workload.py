@@ -97,21 +97,20 @@ def test_several_processes_share_it(lengths, processes, batch_size, steps):
     assert each.passes == one.passes
     assert sum(each.largest) <= sum(one.largest)
     assert each.tokens * processes * (1 - PADDING) <= one.tokens + processes
-    assert each.longest == max(map(max, lengths))
-    assert sum(each.groups) == sum(each.largest)
 
 
 @pytest.mark.parametrize(
     "lengths, groups",
     [
-        ([[9], [9]], (18,)),
-        ([[9], [3]], (9, 3)),
-        ([[3, 3], [9, 2]], (9, 3)),  # more than in the pass of 3 and 2
-        ([[9, 3], [9, 9]], (18, 0)),  # and 9, 3 in another pass
+        ([[9], [9]], ((9, 18),)),
+        ([[9], [3]], ((9, 9), (3, 3))),
+        ([[3, 3], [9, 2]], ((9, 9), (3, 3))),  # more than in the pass of 3 and 2
+        ([[9, 3], [9, 9]], ((9, 18), (0, 0))),  # and 9, 3 in another pass
     ],
 )
 def test_rows_of_about_the_same_length_go_together(lengths, groups):
-    assert workload(lengths, Settings(data=(), batch_size=1, epochs=1)).groups == groups
+    work = workload(lengths, Settings(data=(), batch_size=1, epochs=1))
+    assert tuple((group.length, sum(group.tokens)) for group in work.groups) == groups
 
 
 def test_an_entry_may_have_longer_rows_than_the_others(recipe, models):

@@ -15,7 +15,7 @@ from mergekit_dam.fit.memory import Needs, needs
 from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, foreseen_shapes, trained_tensors
-from mergekit_dam.fit.workload import Workload, workload
+from mergekit_dam.fit.workload import Group, Workload, workload
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
@@ -123,10 +123,10 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         held_out = _lengths(plan, settings, [own.held_out for own in data])
         alone = max(length for own in (*train, *held_out) for length in own)
         return workload(train, settings, processes.count(), alone=alone)
-    largest = tuple(settings.batch_size * max(own) for own in train)
+    together = Group(max(map(max, train)), tuple(settings.batch_size * max(o) for o in train))
     passes = max(settings.max_steps, 0) * settings.accumulation
-    longest, tokens = max(map(max, train)), sum(largest)
-    return Workload(largest, (tokens, 0), max(largest), longest, passes, passes * tokens)
+    groups = (together, Group(0, (0,) * len(train)))
+    return Workload(groups, max(together.tokens), passes, passes * sum(together.tokens))
 
 
 def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:

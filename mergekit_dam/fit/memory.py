@@ -13,6 +13,7 @@ from mergekit_dam.config.settings import Objective
 from mergekit_dam.fit import chunks
 from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
+from mergekit_dam.formula import at_once
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.model.lookup import is_shared
@@ -29,9 +30,9 @@ class Needs:
     them (docs/performance.md)."""
 
     tokens: int  # of all sources' rows
-    groups: tuple[int, ...]  # of those of about the same length, the longest first
-    widest: int  # of one source's rows
-    kept: Activations  # for each token
+    groups: tuple[tuple[int, Activations], ...]  # tokens of those that are computed together, the
+    # longest first, and what each token keeps
+    widest: int  # tokens of one source's rows
     states: int  # the final hidden states of the tokens
     blocks: int  # the merged weights of all blocks but embeddings and head
     block: int  # of the largest of them
@@ -44,33 +45,45 @@ class Needs:
     optimizer: int = 0  # coefficients with their moments
     known: int = 0  # of pairs of sources, for `weighted_overlap`
     last: int = 0  # at the end of backward, on coefficients alone; or in the optimiser's step
-    taught: int = 0  # tokens of the teachers that go through a block at once
+    taught: float = 0  # of a teacher's block
+    piece: int = 0  # of a weight whose gradient is reduced, what is made of it at a time
     cast: int = 0  # a source's block, where it is a copy in another dtype
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
         """The peak: in a teacher's block, while the head's losses are computed, gradients of a
         block's weights, those of an embedding, which come last, or the optimiser's step."""
-        kept = self.tokens * (self.kept.inputs if recompute == "block" else self.kept.all)
+        kept = self._sum("inputs" if recompute == "block" else "all")
         held = self.blocks if recompute == "none" else 0
-        taught = self.cast + self.taught * self.kept.taught
         at_head = self.head + self.losses + 3 * self.states
-        passing = max(taught, at_head, *self._in_a_block(recompute))
+        passing = max(self.cast + self.taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
         always = self.optimizer + self.known
         return int(always + max(step, self.coefficients + self.table, self.last))
 
+    def _sum(self, name: str) -> float:
+        return sum(tokens * getattr(kept, name) for tokens, kept in self.groups)
+
     def _in_a_block(self, recompute: Recompute) -> Iterator[float]:
         """While its gradients are computed, those of the shortest rows first: activations go as
         they are differentiated, and weights go with the last of their gradients."""
-        largest, passing = self.kept.largest, self.kept.passing  # for each token
-        made = {"block": self.block + self.tokens * largest, "weights": self.block, "none": 0}
-        there, waiting = made[recompute] + self.matrix, 0  # gradients, for those of longer rows
-        for tokens in reversed(self.groups):
-            yield there + waiting + passing * tokens
-            there, waiting = there - tokens * largest, self.gradients
+        is_again = recompute == "block"
+        there = self._sum("passed") + self._sum("largest") * is_again
+        there += self.block if recompute != "none" else 0
+        waiting = 0  # gradients of weights, for those of longer rows
+        for tokens, kept in reversed(self.groups):
+            passing = (kept.most - kept.largest if is_again else kept.passing) - kept.passed
+            most = passing * tokens
+            if recompute == "weights":
+                most += self.matrix
+            else:  # the largest weight is gone then: as its gradient comes, about half passes
+                most = max(most, self.matrix + most / 2)
+            yield there + waiting + most
+            there, waiting = there - tokens * kept.largest, self.gradients
         if recompute == "weights":  # made again, they stay until all their gradients are there
-            yield there + self.gradients + passing * self.groups[0]
+            yield there + self.gradients + max(self.piece, passing * tokens)
+        else:
+            yield there - self.block + self.gradients + self.piece
 
 
 def needs(
@@ -104,16 +117,20 @@ def needs(
     text = config.get_text_config()
     vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
     teachers, numbers = len(work.largest), list(trained.values())
+    where = torch.device(device)
     known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
-    kept = measure(config, dtype, work.longest, frozen, trust_remote_code=trust_remote_code)
+    lengths = [group.length or work.groups[0].length for group in work.groups]
+    measured = measure(config, dtype, lengths, frozen, trust_remote_code=trust_remote_code)
+    kept = [measured[length] for length in lengths]
+    together = [sum(g.tokens) if serves(where) else max(g.tokens) for g in work.groups]
     rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
-        groups=work.groups,
+        groups=tuple((sum(g.tokens), own) for g, own in zip(work.groups, kept, strict=True)),
         widest=work.widest,
-        kept=kept,
         states=tokens * width * dtype.itemsize,
-        taught=min(max(work.groups), tokens if serves(torch.device(device)) else work.widest),
+        taught=max(n * own.taught for n, own in zip(together, kept, strict=True)),
+        piece=_of_a_piece(max(with_gradients, default=0), dtype, where),
         cast=sizes[most] * dtype.itemsize * is_cast,
         blocks=sum(sizes.values()) * dtype.itemsize,
         block=sizes[most] * dtype.itemsize,
@@ -121,7 +138,7 @@ def needs(
         matrix=max(with_gradients, default=0) * dtype.itemsize,
         table=max(rows, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
-        losses=_at_head(work, vocabulary, width, dtype, objective, torch.device(device)),
+        losses=_at_head(work, vocabulary, width, dtype, objective, where),
         coefficients=coefficients,
         optimizer=optimizer[0],
         known=known,
@@ -154,6 +171,13 @@ def _of_coefficients(
         last = gradients + similar + 16 * alike * teachers / sources
     known = pairs if objective.weighted_overlap else 0
     return int(known), int(gradients + similar + 2 * pairs * terms), int(last)
+
+
+def _of_a_piece(numbers: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Of a weight and its gradient: a product, and what is widened to float32."""
+    if device.type != "cpu":  # kernels need none
+        return 0
+    return 4 * min(numbers, at_once(device)) * (1 + (dtype.itemsize < 4))
 
 
 def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> int:

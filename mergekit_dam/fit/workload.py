@@ -10,16 +10,28 @@ from mergekit_dam.fit.batches import ByLength, groups
 
 
 @dataclass(frozen=True)
+class Group:
+    """Rows that go through the model together."""
+
+    length: int  # of the longest
+    tokens: tuple[int, ...]  # of each source, with the padding that is computed beside them
+
+
+@dataclass(frozen=True)
 class Workload:
     """Tokens count with the padding that is computed beside them."""
 
-    largest: tuple[int, ...]  # tokens of each source in the pass that computes most
-    groups: tuple[int, ...]  # in that pass, of rows about equally long, the longest first; and a 0
-    # where it has one group, but others have several, whose gradients wait for each other's
+    groups: tuple[Group, ...]  # in the pass that computes most, the longest rows first; and an
+    # empty one where it has one group, but others have several, whose gradients wait for each
+    # other's
     widest: int  # tokens of one source in a pass
-    longest: int  # tokens of a row
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
+
+    @property
+    def largest(self) -> tuple[int, ...]:
+        """Tokens of each source in the pass that computes most."""
+        return _of_sources(self.groups)
 
 
 def workload(
@@ -27,32 +39,27 @@ def workload(
 ) -> Workload:
     """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
     items = items_of_a_fit(lengths, settings, processes)
-    largest, widest, passes, tokens, most = [[0] * len(lengths)], 0, 0, 0, 1
+    nothing = Group(0, (0,) * len(lengths))
+    largest, widest, passes, tokens, most = [nothing], 0, 0, 0, 1
     while own := list(islice(items, settings.batch_size)):
-        found = _computed(own, lengths)
+        found = list(_computed(own, lengths))
         largest = max(largest, found, key=_total)
         most, widest = max(most, len(found)), max(widest, *_of_sources(found))
         passes, tokens = passes + 1, tokens + _total(found)
     if alone > _total(largest):
-        largest = [[alone, *[0] * (len(lengths) - 1)]]
+        largest = [Group(alone, (alone, *nothing.tokens[1:]))]
     if len(largest) < min(most, 2):
-        largest = [*largest, [0] * len(lengths)]
-    return Workload(
-        _of_sources(largest),
-        tuple(map(sum, largest)),
-        max(widest, alone),
-        max(alone, *map(max, lengths)),
-        -(-passes // processes),
-        tokens // processes,
-    )
+        largest = [*largest, nothing]
+    passes, tokens = -(-passes // processes), tokens // processes
+    return Workload(tuple(largest), max(widest, alone), passes, tokens)
 
 
-def _total(groups: Sequence[Sequence[int]]) -> int:
-    return sum(map(sum, groups))
+def _total(groups: Sequence[Group]) -> int:
+    return sum(_of_sources(groups))
 
 
-def _of_sources(groups: Sequence[Sequence[int]]) -> tuple[int, ...]:
-    return tuple(map(sum, zip(*groups, strict=True)))
+def _of_sources(groups: Sequence[Group]) -> tuple[int, ...]:
+    return tuple(map(sum, zip(*(group.tokens for group in groups), strict=True)))
 
 
 def items_of_a_fit(
@@ -75,15 +82,12 @@ def items_of_a_fit(
 
 def _computed(
     items: Iterable[tuple[int, ...]], lengths: Sequence[Sequence[int]]
-) -> list[list[int]]:
-    """Of each group of rows that some items have, the tokens of each source that go through the
-    model."""
+) -> Iterator[Group]:
+    """The groups of rows that some items have."""
     owners = [source for item in items for source in range(len(item))]
     own = [lengths[source][number] for item in items for source, number in enumerate(item)]
-    result = []
     for group in groups(own):
-        totals = [0] * len(lengths)
+        longest, totals = own[group[0]], [0] * len(lengths)
         for row in group:
-            totals[owners[row]] += own[group[0]]
-        result.append(totals)
-    return result
+            totals[owners[row]] += longest
+        yield Group(longest, tuple(totals))

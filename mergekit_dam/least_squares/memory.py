@@ -1,8 +1,9 @@
 """What the least-squares start keeps in memory, found by a pass of its largest chunk of rows
 through the model on tensors without storage."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mergekit_dam.data import Row
 from mergekit_dam.least_squares import objective
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
-from mergekit_dam.model.activations import inner_width, without_storage
+from mergekit_dam.model.activations import inner_width, tell_estimated, without_storage
 from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
@@ -28,12 +29,11 @@ MADE = 2  # of a part of a weight: its product, and that with what a source has 
 class StartNeeds:
     """Of the start, in bytes, without the sources."""
 
-    states: int
-    block: int  # while one is solved
+    most: int
     copies: int  # one block of every source, where it is cast or brought to the device
 
     def of(self, *, is_copied: bool) -> int:
-        return self.states + self.block + (self.copies if is_copied else 0)
+        return self.most + (self.copies if is_copied else 0)
 
 
 def start_needs(
@@ -54,19 +54,26 @@ def start_needs(
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            blocks, states, masks = _pass(model, _solved(skeleton, trained), shape)
-    except Exception:  # whatever stops such a run would not stop a real one
+            blocks, masks = _pass(model, _solved(skeleton, trained), shape)
+    except Exception as error:  # whatever stops such a run would not stop a real one
+        tell_estimated("the start", error)
         blocks, masks = _estimate(config, dtype.itemsize, _positions(largest)), 0
-        states = 2 * _positions(largest) * text.hidden_size * dtype.itemsize
     is_padded = len(largest[-1]) < len(largest[0])
     chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
-    states = states * sum(map(_positions, found)) // _positions(largest)
-    masks = masks * sum(map(_pairs, found)) // _pairs(largest)
-    return StartNeeds(
-        states=PATHS * (states + masks),
-        block=max(chunk.of(block) for block in blocks) + _solving(places, sources),
-        copies=len(rows) * max(block.size for block in blocks),
-    )
+    of_all = PATHS * sum(map(_positions, found)) / _positions(largest)  # to the largest chunk's
+    masks = PATHS * masks * sum(map(_pairs, found)) // _pairs(largest)
+    most = max(_peaks(blocks, chunk, of_all, _solving(places, sources)))
+    return StartNeeds(int(most) + masks, len(rows) * max(block.size for block in blocks))
+
+
+def _peaks(
+    blocks: Sequence["Seen"], chunk: "Chunk", of_all: float, solving: int
+) -> Iterator[float]:
+    """While each block is solved, and while the last rows go through it to the next."""
+    for block in blocks:
+        yield of_all * block.states + chunk.solved(block) + solving
+    for block, following in pairwise(blocks):
+        yield of_all * following.states + block.size + block.working
 
 
 def _solving(places: int, sources: int) -> int:
@@ -100,6 +107,8 @@ class Group:
 
     inputs: int
     outputs: list[int] = field(default_factory=list)  # of each layer
+    working: int = 0  # bytes of what is there at once until all of them have run
+    reaching: int = 0  # and until the next group's run
 
 
 @dataclass
@@ -107,6 +116,7 @@ class Seen:
     """A block, as a pass has seen it."""
 
     size: int  # bytes of its weights
+    states: int = 0  # bytes of what the model holds before it, but for masks
     working: int = 0  # bytes of what else is there at once as it runs
     groups: list[Group] = field(default_factory=list)  # of layers that are solved
 
@@ -121,15 +131,19 @@ class Chunk:
     is_padded: bool
     sources: int
 
-    def of(self, block: Seen) -> int:
+    def solved(self, block: Seen) -> int:
         """The most that there is at once as a block is solved."""
-        groups = (self._of_group(group, block.working) for group in block.groups)
-        return block.size + max(groups, default=block.working)
+        return block.size + max(map(self._of_group, block.groups), default=0)
 
-    def _of_group(self, group: Group, working: int) -> int:
+    def _of_group(self, group: Group) -> int:
+        """Its sums, and beside them the inputs in the merge and a run in the source, or copies, or
+        what is solved. What adds to the stream is run up to what reads that, for the rest of it,
+        and then for the whole."""
         n, outputs = group.inputs, group.outputs
         sums = KINDS * 4 * sum(n * n + m * n for m in outputs)
-        running = working + self.tokens * self.itemsize * (n + self.width)
+        adds = outputs == [self.width]
+        there = n + self.width if adds else n
+        running = (group.reaching if adds else group.working) + self.tokens * self.itemsize * there
         part = n * min(max(1, objective.PART // n), max(outputs))
         return sums + max(running, self._of_copies(group), 4 * part * (self.sources + MADE))
 
@@ -147,55 +161,67 @@ class _Watch:
         self.seen: list[Seen] = []
         self._live, self._start, self._input = live, 0, None
         self._beside: dict[Any, int] = {}  # storage -> its bytes
-        self._waiting = 0  # bytes of all that is there before a block, at most
 
     @property
     def masks(self) -> int:
         """Bytes of what all blocks are given beside the states."""
         return sum(self._beside.values())
 
-    @property
-    def states(self) -> int:
-        """Bytes of what else the model holds between blocks, as the embedding and the last block
-        have it."""
-        return max(0, self._waiting - self.masks)
-
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         storages = (tensor.untyped_storage() for tensor in tensors((args[1:], kwargs)))
         self._beside |= {storage: storage.nbytes() for storage in storages}
-        self.seen.append(Seen(sum(p.nbytes for p in block.parameters())))
+        states = max(0, self._live.now - self.masks)
+        self.seen.append(Seen(sum(p.nbytes for p in block.parameters()), states))
         self._live.most = self._start = self._live.now
-        self._waiting = max(self._waiting, self._live.now)
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self.seen[-1].working = self._live.most - self._start
-        self._input = None
+        self._reach()
+        self.seen[-1].working, self._input = self._most, None
 
-    def layer(self, layer: nn.Linear | Conv1D, args: tuple) -> None:
+    def before_layer(self, layer: nn.Module, args: tuple) -> None:
+        if not isinstance(layer, nn.Linear | Conv1D):  # a norm: small, but it ends a group
+            self._reach()
+            self._input = None
+            return
         rows, columns = layer.weight.shape
         inputs, outputs = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
-        groups = self.seen[-1].groups
         if args[0] is not self._input:
-            groups.append(Group(inputs))
+            self._reach()
+            self.seen[-1].groups.append(Group(inputs))
             self._input = args[0]
-        groups[-1].outputs.append(outputs)
+        self.seen[-1].groups[-1].outputs.append(outputs)
+
+    def after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
+        if isinstance(layer, nn.Linear | Conv1D):
+            self.seen[-1].groups[-1].working = self._most
+
+    def _reach(self) -> None:
+        """The end of the present group's way."""
+        if self._input is not None:
+            self.seen[-1].groups[-1].reaching = self._most
+
+    @property
+    def _most(self) -> int:
+        """Bytes of what was there at once since the block began."""
+        return self._live.most - self._start
 
 
 def _pass(
     model: nn.Module, solved: Collection[str], shape: tuple[int, int]
-) -> tuple[list[Seen], int, int]:
-    """The blocks, in the order in which rows go through them, and the bytes of states between them
-    and of masks and the like that all of them are given."""
+) -> tuple[list[Seen], int]:
+    """The blocks, in the order in which rows go through them, and the bytes of masks and the like
+    that they are given."""
     with Live() as live, torch.no_grad():
         watch = _Watch(live)
         for _, block in blocks_of(model):
             block.register_forward_pre_hook(watch.before, with_kwargs=True)
             block.register_forward_hook(watch.after)
         for path, layer in model.named_modules():
-            if path in solved and isinstance(layer, nn.Linear | Conv1D):
-                layer.register_forward_pre_hook(watch.layer)
+            if path in solved:
+                layer.register_forward_pre_hook(watch.before_layer)
+                layer.register_forward_hook(watch.after_layer)
         model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-    return watch.seen, watch.states, watch.masks
+    return watch.seen, watch.masks
 
 
 def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen]:
@@ -203,8 +229,10 @@ def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen
     text = config.get_text_config()
     width, vocabulary = text.hidden_size, text.vocab_size
     inner = inner_width(text)
-    layer = Seen(itemsize * width * (4 * width + 3 * inner), itemsize * tokens * 3 * inner)
-    layer.groups += [Group(width, [inner, inner]), Group(inner, [width])]
-    head = Seen(itemsize * width * vocabulary, itemsize * tokens * vocabulary)
-    head.groups.append(Group(width, [vocabulary]))
+    states, inside, logits = (itemsize * tokens * n for n in (2 * width, 3 * inner, vocabulary))
+    layer = Seen(itemsize * width * (4 * width + 3 * inner), states, inside)
+    layer.groups.append(Group(width, [inner, inner], inside, inside))
+    layer.groups.append(Group(inner, [width], inside, inside))
+    head = Seen(itemsize * width * vocabulary, states, logits)
+    head.groups.append(Group(width, [vocabulary], logits, logits))
     return [layer, head]

@@ -145,11 +145,14 @@ class _Walk:
             own = self._merged.block_weights(block, "merge")
             point = following[0] if following else None
             adds = len(members) == 1 and adds_to(block, own, members[0], point, few)
-            group = Group(block, members, point, adds)
-            for layer, fit, check in self._objectives(group, own, sources):
-                self._set(layer, fit, check)
-                self.solved.update(layer.tensors)
+            self._solve(Group(block, members, point, adds), own, sources)
             del own  # before it is made again
+
+    def _solve(self, group: Group, own: BlockWeights, sources: Sequence[BlockWeights]) -> None:
+        """Its sums end with it."""
+        for layer, fit, check in self._objectives(group, own, sources):
+            self._set(layer, fit, check)
+            self.solved.update(layer.tensors)
 
     def _objectives(
         self, group: Group, own: BlockWeights, sources: Sequence[BlockWeights]

@@ -2,9 +2,11 @@
 without computing anything."""
 
 import copy
+import functools
 import logging
+import math
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +17,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig, masking_utils
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 
-TOKENS = 64  # of the trial, where each token keeps the same however long the row is
+LOG = logging.getLogger(__name__)
+TOKENS = (
+    64,
+    97,
+)  # of the trials: no other number that states are computed in parts of divides both
+WINDOWS = ("sliding_window", "attention_chunk_size")  # of attention, in tokens
+ALIKE = 0.005  # by how much figures differ that are the same
 MANY = 2**20  # tokens, beside which a block's weights do not count
 OWN = (Tensor, UserDict)  # of which a block that runs once more has its own; others are containers
 
@@ -32,32 +40,41 @@ class Activations:
 
     all: float  # what autograd keeps of the whole model, but for its weights
     largest: float  # of the block that keeps most
-    inputs: float  # of all blocks
+    inputs: float  # that blocks are given, up to that one
+    passed: float  # gradients of what that one is given
     taught: float  # what a block without gradients has at most
-    passing: float  # what one with gradients has at most, beside what it keeps
+    most: float  # what one with gradients has at most
+    passing: float  # beside what it keeps
 
 
 def measure(
     config: PretrainedConfig,
     dtype: torch.dtype,
-    tokens: int,
+    lengths: Iterable[int],
     frozen: Collection[str] = (),  # parameters without gradients
     *,
     trust_remote_code: bool,
-) -> Activations:
-    """Runs the model on tensors without storage. Where attention keeps every pair of tokens (it is
-    `eager`, or has a mask for a window), for a row of so many. Models that cannot run so are
-    estimated: like a Llama of their sizes."""
-    window = getattr(config.get_text_config(), "sliding_window", None) or tokens + 1
+) -> dict[int, Activations]:
+    """Of rows of each of these lengths. Runs the model on tensors without storage; a model that
+    cannot run so is estimated: like a Llama of its sizes."""
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 parameter.requires_grad_(name not in frozen)
-            has_pairs = model.config._attn_implementation == "eager" or window <= tokens
-            return _measure(model, tokens if has_pairs else TOKENS)
-    except Exception:  # whatever stops such a run would not stop a real one
-        return _estimate(config.get_text_config(), dtype)
+            return _of_lengths(model, set(lengths))
+    except Exception as error:  # whatever stops such a run would not stop a real one
+        tell_estimated("a step", error)
+        return dict.fromkeys(lengths, _estimate(config.get_text_config(), dtype))
+
+
+def tell_estimated(what: str, error: Exception) -> None:
+    LOG.warning(
+        "What %s of this model takes in memory cannot be measured beforehand, so it is estimated, "
+        "like that of a Llama of its sizes (%s).",
+        what,
+        str(error).rstrip("."),
+    )
 
 
 @contextmanager
@@ -76,70 +93,120 @@ def without_storage() -> Iterator[None]:
 @contextmanager
 def _without_values() -> Iterator[None]:
     """transformers looks whether positions are those of several rows in one, and makes a mask for
-    them where it cannot see that: positions without storage do not tell. Products of experts it
-    has to make in an operation that runs without storage in all dtypes."""
+    them where it cannot see that: positions without storage do not tell. Products of experts run
+    without storage in some dtypes alone; one product keeps what they keep. Not all that sets first
+    values runs, nor has to."""
     packed = patch.object(
         masking_utils, "find_packed_sequence_indices", lambda _: None, create=True
     )
-    experts = patch.object(moe, "_can_use_grouped_mm", lambda *_: False, create=True)
-    with packed, experts:
+    experts = patch.object(moe, "_grouped_mm", _product_of_experts, create=True)
+    values = patch.object(PreTrainedModel, "initialize_weights", lambda _: None, create=True)
+    with packed, experts, values:
         yield
 
 
+def _product_of_experts(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    return x.to(weights.dtype) @ weights[0]
+
+
+def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activations]:
+    """Measured once where a token keeps the same however long its row is. Not so attention that
+    keeps every pair of tokens, or has a mask for a window, and state spaces that go through a row
+    in parts of a fixed length."""
+    text = model.config.get_text_config()
+    window = min(getattr(text, key, None) or math.inf for key in WINDOWS)
+    measured = functools.cache(functools.partial(_measure, model))
+    first, second = (measured(tokens) for tokens in TOKENS)
+    grows = not math.isclose(first.all, second.all, rel_tol=ALIKE)
+    return {
+        length: measured(length if grows or length >= window else TOKENS[0]) for length in lengths
+    }
+
+
 def _measure(model: nn.Module, tokens: int) -> Activations:
-    of_all, largest, inputs = _kept(model, tokens)
-    taught, most = _at_most(model, tokens)
-    return Activations(of_all, largest, inputs, taught, max(most - largest, 0))
+    kept = _Kept(model)
+    with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+        _run(model, 1, tokens, kept.before, kept.after)
+    fullest = max(kept.blocks.values(), key=lambda block: block.inputs + block.kept)
+    sizes = kept.all, fullest.kept, fullest.inputs, fullest.passed
+    return Activations(*(size / tokens for size in sizes), *_at_most(model, tokens, kept))
 
 
-def _kept(model: nn.Module, tokens: int) -> tuple[float, float, float]:
-    """Bytes for each token: that all blocks keep, that the largest does, and that all are given."""
-    own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
-    kept: dict[Any, Tensor] = {}  # holding the tensors keeps their storages apart
-    blocks, inputs = [], 0
+@dataclass
+class _Seen:
+    """Of a block, in bytes."""
 
-    def keep(tensor: Tensor) -> Tensor:
-        if storage_of(tensor) not in own:
-            kept[storage_of(tensor)] = tensor
+    inputs: int  # what it and those before it are given
+    passed: int  # of that to it, what has gradients
+    kept: int  # of what it makes
+
+
+class _Kept:
+    """What autograd keeps of a pass, but for the model's weights."""
+
+    def __init__(self, model: nn.Module):
+        self._own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
+        self._tensors: dict[int, Tensor] = {}  # holding them keeps their storages apart
+        self._given: dict[int, Tensor] = {}  # to blocks
+        self.blocks: dict[nn.Module, _Seen] = {}
+        self.kinds: dict[tuple, nn.Module] = {}  # the first block of each
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        if storage_of(tensor) not in self._own:
+            self._tensors[storage_of(tensor)] = tensor
         return tensor
 
-    def size() -> int:
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
+        given = {storage_of(tensor): tensor for tensor in tensors((args, kwargs))}
+        self._given |= given
+        self.kinds.setdefault(_kind(block, tensors((args, kwargs))), block)
+        passed = _bytes(tensor for tensor in given.values() if tensor.requires_grad)
+        self.blocks[block] = _Seen(_bytes(self._given.values()), passed, -self._made)
 
-    def before(block: nn.Module, args: tuple, kwargs: dict) -> None:
-        nonlocal inputs
-        given = [x for x in (*args[:1], kwargs.get("hidden_states")) if isinstance(x, Tensor)]
-        inputs += sum(x.numel() * x.element_size() for x in given)
-        blocks.append(size())
+    def after(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        self.blocks[block].kept += self._made
+
+    @property
+    def all(self) -> int:
+        return _bytes(self._tensors.values())
+
+    @property
+    def _made(self) -> int:
+        return _bytes(t for key, t in self._tensors.items() if key not in self._given)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:  # with storages of their own
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _kind(block: nn.Module, given: Sequence[Tensor]) -> tuple:
+    """What blocks that take the same have in common, however many rows they are given."""
+    parameters = ((parameter.shape, parameter.requires_grad) for parameter in block.parameters())
+    return type(block), *parameters, *(tensor.shape[1:] for tensor in given)
+
+
+def _at_most(model: nn.Module, tokens: int, kept: _Kept) -> tuple[float, float, float]:
+    """Bytes for each token that a block has at most: without gradients, with them, and beside what
+    it keeps. Of so many tokens that the gradients of its weights do not count. Embeddings and norms
+    take less than layers, and most models have one kind of these: the pass ends after the last
+    kind's first."""
+    rows, found = max(1, MANY // tokens), []
+    layers = {block for block in kept.kinds.values() if any(block.children())}
+    left = layers or set(kept.kinds.values())
 
     def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        blocks[-1] = size() - blocks[-1]
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        _run(model, 1, tokens, before, after)
-    return size() / tokens, max(blocks) / tokens, inputs / tokens
-
-
-def _at_most(model: nn.Module, tokens: int) -> tuple[float, float]:
-    """Bytes for each token that a block has at most, without gradients and with them: of so many
-    tokens that the gradients of its weights do not count. Embeddings and norms take less than
-    layers, and most models have one kind of these: the pass ends after the last kind's first."""
-    rows, found = max(1, MANY // tokens), {}
-    blocks = [block for _, block in blocks_of(model.base_model)]
-    layers = [block for block in blocks if any(block.children())] or blocks
-    left = {_kind(block) for block in layers}
-
-    def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if (kind := _kind(block)) in left:
-            left.remove(kind)
-            found[kind] = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
+        if block in left:
+            left.remove(block)
+            alone = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
+            taught, most = (size / rows / tokens for size in alone)
+            found.append((taught, most, most - kept.blocks[block].kept / tokens))
         if not left:
             raise _Enough
 
     with suppress(_Enough):
         _run(model, rows, tokens, lambda *_: None, after)
-    taught, most = map(max, zip(*found.values(), strict=True))
-    return taught / rows / tokens, most / rows / tokens
+    taught, most, passing = map(max, zip(*found, strict=True))
+    return taught, most, max(passing, 0)
 
 
 def _run(model: nn.Module, rows: int, tokens: int, before: Callable, after: Callable) -> None:
@@ -159,12 +226,6 @@ class _Enough(Exception):
     """Ends a pass."""
 
 
-def _kind(block: nn.Module) -> tuple:
-    """What blocks that take about the same have in common: masks, which few keep, are not told
-    apart."""
-    return type(block), *(parameter.shape for parameter in block.parameters())
-
-
 def _as_given(given: Any) -> Any:
     """Without what it was made of; what layers share, and write to, in a copy."""
     if isinstance(given, Tensor):
@@ -180,11 +241,9 @@ def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
     with torch.no_grad(), Live() as taught:
         block.forward(*args, **kwargs)  # without the hooks
     with Live() as most:
-        made = [
-            tensor for tensor in tensors(block.forward(*args, **kwargs)) if tensor.requires_grad
-        ]
-        if made:
-            torch.autograd.backward(made, [torch.empty_like(tensor) for tensor in made])
+        made = [t for t in tensors(block.forward(*args, **kwargs)) if t.requires_grad]
+        if made:  # gradients that nobody holds
+            sum((tensor * 1).sum() for tensor in made).backward()
     block.zero_grad()
     return taught.most, most.most
 
@@ -199,7 +258,9 @@ def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
     layers, width = config.num_hidden_layers, config.hidden_size
     inner = inner_width(config)
     wide = max(inner, width)
-    layer, inputs, taught, passing = (
-        n * dtype.itemsize for n in (12 * width + 4 * inner, layers * width, 4 * wide, 2 * wide)
+    layer, passed, taught, passing = (
+        n * dtype.itemsize for n in (12 * width + 4 * inner, width, 4 * wide, 2 * wide)
     )
-    return Activations(layers * layer, layer, inputs, taught, passing)
+    return Activations(
+        layers * layer, layer, layers * passed, passed, taught, layer + passing, passing
+    )

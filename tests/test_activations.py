@@ -1,0 +1,119 @@
+"""What a model keeps is measured without computing."""
+
+import pytest
+import tiny
+import torch
+import transformers
+from commands import run
+from mergekit.options import MergeOptions
+
+from mergekit_dam.config import read_recipe
+from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.least_squares import memory
+from mergekit_dam.model import activations
+from mergekit_dam.model.activations import measure
+
+QUIET = MergeOptions(quiet=True)
+
+
+def test_what_a_model_keeps_is_measured_without_computing():
+    config = transformers.LlamaConfig(
+        **{**tiny.SIZES, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3}
+    )
+    predicted = measure(config, torch.float32, [64], trust_remote_code=False)[64]
+    model = transformers.LlamaForCausalLM(config)
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.model(input_ids=torch.ones(2, 32, dtype=torch.long), use_cache=False)
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / 64
+    assert predicted.all == pytest.approx(real, rel=0.15)
+    assert predicted.largest == pytest.approx(real / 3, rel=0.15)
+    states, positions = 3 * 128 * 4, 2 * 64 * 4  # cosines and sines
+    assert predicted.inputs == pytest.approx(states + positions, rel=0.01)
+
+
+@pytest.mark.parametrize("name", tiny.CONFIGS)
+def test_every_architecture_is_measured(name, caplog):
+    found = measure(tiny.CONFIGS[name], torch.float32, [64], trust_remote_code=False)[64]
+    assert found.all >= found.largest >= found.inputs / 6 > 0
+    assert found.most >= found.passing >= found.passed > 0
+    assert "cannot be measured" not in caplog.text
+
+
+WINDOW = 120
+MIXERS = {"mamba_n_heads": 2, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+
+
+@pytest.mark.parametrize(
+    "config, lengths, how",
+    [
+        (transformers.LlamaConfig(**tiny.SIZES), (8, 500), "the same"),
+        (transformers.Gemma2Config(**tiny.SIZES, head_dim=8), (8, 500), "more"),  # eager
+        (
+            transformers.Gemma3TextConfig(**tiny.SIZES, head_dim=8, sliding_window=WINDOW),
+            (8, WINDOW - 1),
+            "the same",
+        ),
+        (
+            transformers.Gemma3TextConfig(**tiny.SIZES, head_dim=8, sliding_window=WINDOW),
+            (WINDOW, 2 * WINDOW),
+            "more",
+        ),
+        (
+            transformers.GraniteMoeHybridConfig(
+                **tiny.SIZES, **MIXERS, mamba_expand=2, layer_types=["mamba", "attention"],
+                mamba_chunk_size=128, num_local_experts=2, num_experts_per_tok=1,
+            ),
+            (32, 128),
+            "less",  # shorter rows are filled up
+        ),
+    ],
+)  # fmt: skip
+def test_a_token_of_a_longer_row_keeps(config, lengths, how):
+    found = measure(config, torch.float32, lengths, trust_remote_code=False)
+    short, long = (found[length].all for length in lengths)
+    assert how == ("the same" if short == long else "more" if short < long else "less")
+
+
+def test_rows_of_any_length_are_measured_once_where_they_keep_the_same(monkeypatch):
+    seen, measured = [], activations._measure
+
+    def recorded(model, tokens):
+        seen.append(tokens)
+        return measured(model, tokens)
+
+    monkeypatch.setattr(activations, "_measure", recorded)
+    config, lengths = transformers.LlamaConfig(**tiny.SIZES), range(1, 300)
+    found = measure(config, torch.float32, lengths, trust_remote_code=False)
+    assert set(found) == set(lengths)
+    assert tuple(seen) == activations.TOKENS
+
+
+def test_what_cannot_be_measured_is_estimated_and_told(recipe, tmp_path, monkeypatch, caplog):
+    def cannot(*_args):
+        raise RuntimeError("no such operation.")
+
+    monkeypatch.setattr(activations, "_run", cannot)
+    monkeypatch.setattr(memory, "_pass", cannot)
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path = recipe(models, dam={"start": "least_squares"})
+    found = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    assert found.needs.of("block") > 0 and found.place.start > 0
+    told = [message for message in caplog.messages if "cannot be measured" in message]
+    assert told == [
+        f"What {what} of this model takes in memory cannot be measured beforehand, so it is "
+        "estimated, like that of a Llama of its sizes (no such operation)."
+        for what in ("a step", "the start")
+    ]
+
+
+def test_nobody_is_told_what_torch_says_of_tensors_without_storage(recipe, tmp_path):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["mixtral"], 2)
+    assert "fake_tensor" not in run("mergekit-dam", "check", recipe(models)).stderr
