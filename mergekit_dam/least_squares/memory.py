@@ -15,9 +15,9 @@ from mergekit_dam.data import Row
 from mergekit_dam.least_squares import objective
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
-from mergekit_dam.model.activations import inner_width, tell_estimated, without_storage
 from mergekit_dam.model.live import Live, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
+from mergekit_dam.model.storageless import inner_width, tell_estimated, without_storage
 
 PATHS = 2  # of each chunk: the merge's and the source's
 VECTORS = 8  # of conjugate gradients

@@ -3,31 +3,24 @@ without computing anything."""
 
 import copy
 import functools
-import logging
 import math
 from collections import UserDict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map_only
-from transformers import PretrainedConfig, PreTrainedModel, masking_utils
-from transformers.integrations import moe
+from transformers import PretrainedConfig
 
 from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
+from mergekit_dam.model.storageless import inner_width, tell_estimated, without_storage
 
-LOG = logging.getLogger(__name__)
-TOKENS = (
-    64,
-    97,
-)  # of the trials: no other number that states are computed in parts of divides both
+TOKENS = (64, 97)  # of the trials: parts of a row that are a multiple of one are not of the other
 WINDOWS = ("sliding_window", "attention_chunk_size")  # of attention, in tokens
 ALIKE = 0.005  # by how much figures differ that are the same
 MANY = 2**20  # tokens, beside which a block's weights do not count
@@ -66,47 +59,6 @@ def measure(
     except Exception as error:  # whatever stops such a run would not stop a real one
         tell_estimated("a step", error)
         return dict.fromkeys(lengths, _estimate(config.get_text_config(), dtype))
-
-
-def tell_estimated(what: str, error: Exception) -> None:
-    LOG.warning(
-        "What %s of this model takes in memory cannot be measured beforehand, so it is estimated, "
-        "like that of a Llama of its sizes (%s).",
-        what,
-        str(error).rstrip("."),
-    )
-
-
-@contextmanager
-def without_storage() -> Iterator[None]:
-    """A context whose tensors have no storage; without the traceback that torch logs for an
-    operation that it cannot run so."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True), _without_values():
-            yield
-    finally:
-        log.disabled = before
-
-
-@contextmanager
-def _without_values() -> Iterator[None]:
-    """transformers looks whether positions are those of several rows in one, and makes a mask for
-    them where it cannot see that: positions without storage do not tell. Products of experts run
-    without storage in some dtypes alone; one product keeps what they keep. Not all that sets first
-    values runs, nor has to."""
-    packed = patch.object(
-        masking_utils, "find_packed_sequence_indices", lambda _: None, create=True
-    )
-    experts = patch.object(moe, "_grouped_mm", _product_of_experts, create=True)
-    values = patch.object(PreTrainedModel, "initialize_weights", lambda _: None, create=True)
-    with packed, experts, values:
-        yield
-
-
-def _product_of_experts(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
-    return x.to(weights.dtype) @ weights[0]
 
 
 def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activations]:
@@ -246,12 +198,6 @@ def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
             sum((tensor * 1).sum() for tensor in made).backward()
     block.zero_grad()
     return taught.most, most.most
-
-
-def inner_width(config: PretrainedConfig) -> int:
-    """Of a layer's widest states; of the widest layer, where each has its own."""
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return max(inner) if isinstance(inner, Sequence) else inner
 
 
 def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:

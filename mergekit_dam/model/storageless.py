@@ -1,0 +1,59 @@
+"""Runs on tensors without storage: what a model would make, without making it."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from unittest.mock import patch
+
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PretrainedConfig, PreTrainedModel, masking_utils
+from transformers.integrations import moe
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def without_storage() -> Iterator[None]:
+    """A context whose tensors have no storage; without the traceback that torch logs for an
+    operation that it cannot run so."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), _without_values():
+            yield
+    finally:
+        log.disabled = before
+
+
+@contextmanager
+def _without_values() -> Iterator[None]:
+    """A context in which transformers asks no tensor for its values."""
+    # It would make a mask where it cannot see that positions are those of one row.
+    rows = patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None, create=True)
+    # Products of experts run without storage in some dtypes alone.
+    experts = patch.object(moe, "_grouped_mm", _as_of_one_expert, create=True)
+    # Not all that sets first values runs without storage, nor has to.
+    values = patch.object(PreTrainedModel, "initialize_weights", lambda _: None, create=True)
+    with rows, experts, values:
+        yield
+
+
+def _as_of_one_expert(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
+    """Of the same size, and autograd keeps the same for it, as if each expert had its own rows."""
+    return x.to(weights.dtype) @ weights[0]
+
+
+def tell_estimated(what: str, error: Exception) -> None:
+    LOG.warning(
+        "What %s of this model takes in memory cannot be measured beforehand, so it is estimated, "
+        "like that of a Llama of its sizes (%s).",
+        what,
+        str(error).rstrip("."),
+    )
+
+
+def inner_width(config: PretrainedConfig) -> int:
+    """Of a layer's widest states; of the widest layer, where each has its own."""
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return max(inner) if isinstance(inner, Sequence) else inner
