@@ -1,6 +1,7 @@
 """What a fit takes, as it is predicted and as it is."""
 
 import random
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from mergekit_dam.fit.objective import Distillation, interference
 from mergekit_dam.fit.optimizer import DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.place import groups_of
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.teachers import KeptTeachers
 from mergekit_dam.headers import HeaderShapes
-from mergekit_dam.least_squares import least_squares, objective
+from mergekit_dam.least_squares import least_squares, objective, walk
 from mergekit_dam.least_squares import rows as calibration
 from mergekit_dam.model import mixture
 from mergekit_dam.model.live import Live
@@ -321,12 +323,39 @@ def test_so_do_tables(recipe, tmp_path, name, granularity, lengths):
 @pytest.mark.parametrize("name", ["activations", "depth", "chunks", "head"])
 def test_figures_take_no_more_than_a_step(recipe, tmp_path, name):
     """They are the first to run."""
-    config, length = STEPS[name]
-    rows = [[Row([number + 1] * (length - n)) for n in range(5)] for number in range(SOURCES)]
-    found = prepared(recipe, tmp_path, config, rows)
+    _, length = STEPS[name]
+    figures(recipe, tmp_path, name, [length], [length - n for n in range(5)])
+
+
+@pytest.mark.parametrize(
+    "name, lengths, held_out",
+    [
+        ("granite_hybrid, long parts", [100], [8] * 20),
+        ("qwen3_next", [100] * 2, [8] * 40),
+        ("every pair of tokens", [50] * 8, [790]),
+        ("activations", [50], [300]),
+    ],
+)
+def test_nor_do_those_of_rows_of_other_lengths(recipe, tmp_path, name, lengths, held_out):
+    """Short ones that are filled up, or long ones whose pairs are kept."""
+    figures(recipe, tmp_path, name, lengths, held_out)
+
+
+def figures(recipe, folder: Path, name: str, lengths: list[int], held_out: list[int]) -> None:
+    config = {**STEPS, **OTHERS}[name][0]
+    data = [
+        SourceData(*([Row([number + 1] * n) for n in own] for own in (lengths, held_out)))
+        for number in range(SOURCES)
+    ]
+    models = tiny.save_models(folder, config, SOURCES)
+    dam = {"batch_size": len(lengths), "steps": 1}
+    path = recipe(models, dtype="float32", dam=dam)
+    found = prepare(read_recipe(str(path)), QUIET, device="cpu", data=data)
+    needs, rows = found.needs, [own.held_out for own in data]
     with Live() as live:
-        evaluate(found.merged, rows, found.needs.tokens, found.needs.widest)
-    assert live.most <= found.needs.of("block")
+        evaluate(found.merged, rows, needs.tokens, needs.widest, rows=needs.rows)
+        KeptTeachers(found.merged, folder / "kept", "", needs.tokens, needs.rows).keep(rows)
+    assert live.most <= needs.of("block")
 
 
 # name -> tokens of the longest row, rows, whether the others are shorter
@@ -339,7 +368,7 @@ STARTS = {
     "gemma3": (64, 8, True),
     "narrow": (20, 8, True),
     "window": (300, 4, False),
-    "every pair of tokens": (300, 4, False),
+    "every pair of tokens": (1000, 3, False),
     "head": (8, 8, True),
     "gpt2": (100, 8, True),
     "tables": (64, 8, True),
@@ -372,6 +401,33 @@ def test_the_start_takes_what_was_predicted(recipe, tmp_path, name, granularity)
     with Live() as live:
         least_squares(found.merged, rows)
     assert found.place.start == pytest.approx(live.most, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["activations", "window", "every pair of tokens"])
+def test_so_does_one_with_a_few_long_rows(recipe, tmp_path, name):
+    rows = [
+        [Row([number + 3] * n) for n in (50, 500, 500, *[50] * 20)] for number in range(SOURCES)
+    ]
+    found = prepared(recipe, tmp_path, STEPS[name][0], rows, start="least_squares")
+    with Live() as live:
+        least_squares(found.merged, rows)
+    assert found.place.start == pytest.approx(live.most, rel=0.15)
+
+
+def test_it_lets_go_of_sums_before_it_makes_others(recipe, tmp_path, monkeypatch):
+    sums, objectives = [], walk._Walk._objectives
+
+    def recorded(self, *args):
+        assert not any(reference() for reference in sums)
+        found = objectives(self, *args)
+        sums.extend(weakref.ref(own) for _, *both in found for own in both)
+        return found
+
+    monkeypatch.setattr(walk._Walk, "_objectives", recorded)
+    rows = [[Row([number + 3] * 8)] * 2 for number in range(SOURCES)]
+    found = prepared(recipe, tmp_path, STEPS["weights"][0], rows, start="least_squares")
+    least_squares(found.merged, rows)
+    assert len(sums) > 10
 
 
 @pytest.mark.parametrize("name", tiny.CONFIGS)

@@ -14,15 +14,18 @@ from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import container, memory
 from mergekit_dam.fit import place as place_module
-from mergekit_dam.fit.memory import Needs
+from mergekit_dam.fit.memory import Needs, Rows
 from mergekit_dam.fit.place import choose_recompute, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model.activations import Activations
 
-KEPT = Activations(all=1000, largest=200, inputs=50, passed=20, taught=80, most=240, passing=40)
+KEPT = Activations(
+    all=1000, largest=200, inputs=50, later=0, given=20, passed=20, taught=80, most=240, passing=40
+)
 NEEDS = Needs(
     tokens=10,
-    groups=((10, KEPT),),
+    rows=2,
+    groups=(Rows(10, KEPT),),
     widest=10,
     states=100,
     blocks=50_000,

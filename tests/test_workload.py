@@ -19,7 +19,7 @@ from mergekit_dam.fit import fit
 from mergekit_dam.fit.batches import PADDING, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.workload import items_of_a_fit, workload
+from mergekit_dam.fit.workload import _computed, _pairs, _total, items_of_a_fit, workload
 from mergekit_dam.model import MergedModel
 from mergekit_dam.model.live import Live
 
@@ -105,12 +105,27 @@ def test_several_processes_share_it(lengths, processes, batch_size, steps):
         ([[9], [9]], ((9, 18),)),
         ([[9], [3]], ((9, 9), (3, 3))),
         ([[3, 3], [9, 2]], ((9, 9), (3, 3))),  # more than in the pass of 3 and 2
-        ([[9, 3], [9, 9]], ((9, 18), (0, 0))),  # and 9, 3 in another pass
+        ([[9, 3], [9, 9]], ((9, 18), (9, 0))),  # and 9, 3 in another pass
     ],
 )
 def test_rows_of_about_the_same_length_go_together(lengths, groups):
     work = workload(lengths, Settings(data=(), batch_size=1, epochs=1))
-    assert tuple((group.length, sum(group.tokens)) for group in work.groups) == groups
+    assert tuple((group.length, sum(group.tokens)) for group in work.candidates[0]) == groups
+
+
+@given(lengths, st.integers(1, 3))
+def test_passes_with_most_tokens_and_with_most_pairs_of_them_count(lengths, batch_size):
+    """Of pairs some models keep something."""
+    settings = Settings(data=(), batch_size=batch_size, epochs=1)
+    items = list(items_of_a_fit(lengths, settings))
+    passes = [
+        list(_computed(items[n : n + batch_size], lengths))
+        for n in range(0, len(items), batch_size)
+    ]
+    work = workload(lengths, settings)
+    assert _total(work.candidates[0]) == max(map(_total, passes))
+    assert max(map(_pairs, work.candidates)) == max(map(_pairs, passes))
+    assert work.lengths == {group.length for groups in work.candidates for group in groups}
 
 
 def test_an_entry_may_have_longer_rows_than_the_others(recipe, models):

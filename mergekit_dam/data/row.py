@@ -21,11 +21,11 @@ class Row:
         return max(len(self) - 1 - self.start, 0)
 
 
-def together(rows: Iterable[Row], positions: int) -> Iterator[list[Row]]:
-    """Rows of similar length, the longest first; so many positions at a time at most, padding
-    among them, but a row at least."""
+def together(rows: Iterable[Row], positions: int, count: int | None = None) -> Iterator[list[Row]]:
+    """Rows of similar length, the longest first; so many positions, padding among them, and so
+    many rows at a time at most, but a row at least."""
     ordered, start = sorted(rows, key=len, reverse=True), 0
     while start < len(ordered):
-        end = start + max(1, positions // len(ordered[start]))
+        end = start + min(max(1, positions // len(ordered[start])), count or len(ordered))
         yield ordered[start:end]
         start = end

@@ -21,28 +21,29 @@ def evaluate(
     merged: MergedModel,
     held_out: Sequence[Sequence[Row]],
     tokens: int,  # that go through the model at once, and so many of these through the head:
-    at_head: int,  # those of a step take no more memory than a step
+    at_head: int,  # those of a step take no more memory than a step,
     known_tokens: Sequence[Tensor | None] | None = None,
+    *,
+    rows: int | None = None,  # if they are no more rows than a step's
 ) -> tuple[Figures, ...]:
     """One entry for each source; see `Plan.known_tokens` for the last argument."""
     known = known_tokens or [None] * len(held_out)
     return tuple(
-        _figures(merged, source, rows, tokens, at_head, known[source])
-        for source, rows in enumerate(held_out)
+        _figures(merged, source, list(together(own, tokens, rows)), at_head, known[source])
+        for source, own in enumerate(held_out)
     )
 
 
 def _figures(
     merged: MergedModel,
     source: int,
-    rows: Sequence[Row],
-    at_once: int,
+    batches: Sequence[Sequence[Row]],
     at_head: int,
     known: Tensor | None,
 ) -> Figures:
     tokens, totals = 0, torch.zeros(4, dtype=torch.float64)
     heads = merged.head(), merged.head(source)
-    for some in together(rows, at_once):
+    for some in batches:
         inputs = {k: v.to(merged.device) for k, v in batch(some, [source] * len(some)).items()}
         views = [(view, range(len(some))) for view in (None, source)]
         ids, ends, starts = (inputs[key] for key in ("input_ids", "lengths", "starts"))

@@ -15,7 +15,7 @@ from mergekit_dam.fit.memory import Needs, needs
 from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, foreseen_shapes, trained_tensors
-from mergekit_dam.fit.workload import Group, Workload, workload
+from mergekit_dam.fit.workload import Group, Workload, with_an_empty_one, workload
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
@@ -125,8 +125,14 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         return workload(train, settings, processes.count(), alone=alone)
     together = Group(max(map(max, train)), tuple(settings.batch_size * max(o) for o in train))
     passes = max(settings.max_steps, 0) * settings.accumulation
-    groups = (together, Group(0, (0,) * len(train)))
-    return Workload(groups, max(together.tokens), passes, passes * sum(together.tokens))
+    return Workload(
+        candidates=(tuple(with_an_empty_one([together])),),
+        rows=settings.batch_size * len(train),
+        alone=together.length,
+        widest=max(together.tokens),
+        passes=passes,
+        tokens=passes * sum(together.tokens),
+    )
 
 
 def is_read(plan: Plan, data: Sequence[SourceData]) -> bool:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import psutil
 import torch
@@ -19,9 +20,19 @@ from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.model.lookup import is_shared
 from mergekit_dam.model.mixture import serves
 
+PATHS = 2  # of a row that is evaluated: the merge's and the source's
+KEPT = 2  # of what a block is given, in each: its own, and what the first was given
 # Of the logits, in float32, for each term: at most, and until it is differentiated. For `kl` the
 # log-probabilities of merge and source, and their distance and two steps of its gradient.
 COPIES = {"kl": (5, 2), "reverse_kl": (5, 2), "jsd": (7, 3), "mse": (1, 0), "entropy": (3, 1)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Of about the same length, that are computed together."""
+
+    tokens: int  # of all of them
+    kept: Activations  # for each token
 
 
 @dataclass(frozen=True)
@@ -30,8 +41,8 @@ class Needs:
     them (docs/performance.md)."""
 
     tokens: int  # of all sources' rows
-    groups: tuple[tuple[int, Activations], ...]  # tokens of those that are computed together, the
-    # longest first, and what each token keeps
+    rows: int  # of a step
+    groups: tuple[Rows, ...]  # in which these are computed, the longest first
     widest: int  # tokens of one source's rows
     states: int  # the final hidden states of the tokens
     blocks: int  # the merged weights of all blocks but embeddings and head
@@ -46,23 +57,27 @@ class Needs:
     known: int = 0  # of pairs of sources, for `weighted_overlap`
     last: int = 0  # at the end of backward, on coefficients alone; or in the optimiser's step
     taught: float = 0  # of a teacher's block
+    alone: float = 0  # while a row is evaluated alone
     piece: int = 0  # of a weight whose gradient is reduced, what is made of it at a time
     cast: int = 0  # a source's block, where it is a copy in another dtype
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
         """The peak: in a teacher's block, while the head's losses are computed, gradients of a
-        block's weights, those of an embedding, which come last, or the optimiser's step."""
-        kept = self._sum("inputs" if recompute == "block" else "all")
+        block's weights, those of an embedding, which come last, the optimiser's step, or in a block
+        when a long row is evaluated."""
+        is_again = recompute == "block"
+        kept = self._sum("inputs" if is_again else "all")
         held = self.blocks if recompute == "none" else 0
-        at_head = self.head + self.losses + 3 * self.states
+        later = self._sum("later") if is_again else 0
+        at_head = self.head + self.losses + 3 * self.states + later
         passing = max(self.cast + self.taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
         always = self.optimizer + self.known
-        return int(always + max(step, self.coefficients + self.table, self.last))
+        return int(always + max(step, self.coefficients + self.table, self.last, self.alone))
 
     def _sum(self, name: str) -> float:
-        return sum(tokens * getattr(kept, name) for tokens, kept in self.groups)
+        return sum(rows.tokens * getattr(rows.kept, name) for rows in self.groups)
 
     def _in_a_block(self, recompute: Recompute) -> Iterator[float]:
         """While its gradients are computed, those of the shortest rows first: activations go as
@@ -71,19 +86,24 @@ class Needs:
         there = self._sum("passed") + self._sum("largest") * is_again
         there += self.block if recompute != "none" else 0
         waiting = 0  # gradients of weights, for those of longer rows
-        for tokens, kept in reversed(self.groups):
-            passing = (kept.most - kept.largest if is_again else kept.passing) - kept.passed
-            most = passing * tokens
-            if recompute == "weights":
-                most += self.matrix
-            else:  # the largest weight is gone then: as its gradient comes, about half passes
-                most = max(most, self.matrix + most / 2)
-            yield there + waiting + most
-            there, waiting = there - tokens * kept.largest, self.gradients
+        for rows in reversed(self.groups):
+            kept = rows.kept  # what is made again is counted as it is differentiated
+            beside = rows.tokens * (
+                (kept.most - kept.largest if is_again else kept.passing) - kept.passed
+            )
+            yield there + waiting + self._with_the_largest(beside, recompute)
+            there, waiting = there - rows.tokens * kept.largest, self.gradients
         if recompute == "weights":  # made again, they stay until all their gradients are there
-            yield there + self.gradients + max(self.piece, passing * tokens)
-        else:
+            yield there + self.gradients + max(self.piece, beside)
+        else:  # they are gone; gradients are reduced in parts
             yield there - self.block + self.gradients + self.piece
+
+    def _with_the_largest(self, beside: float, recompute: Recompute) -> float:
+        """With the gradient of the largest weight, too. When that comes, about half of what else is
+        made is there; when all of that is, the weight has gone, unless all stay."""
+        if recompute == "weights":
+            return self.matrix + beside
+        return max(beside, self.matrix + beside / 2)
 
 
 def needs(
@@ -119,17 +139,17 @@ def needs(
     teachers, numbers = len(work.largest), list(trained.values())
     where = torch.device(device)
     known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
-    lengths = [group.length or work.groups[0].length for group in work.groups]
-    measured = measure(config, dtype, lengths, frozen, trust_remote_code=trust_remote_code)
-    kept = [measured[length] for length in lengths]
-    together = [sum(g.tokens) if serves(where) else max(g.tokens) for g in work.groups]
+    kept = measure(config, dtype, work.lengths, frozen, trust_remote_code=trust_remote_code)
+    passes = [[Rows(sum(g.tokens), kept[g.length]) for g in own] for own in work.candidates]
     rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
-        groups=tuple((sum(g.tokens), own) for g, own in zip(work.groups, kept, strict=True)),
+        rows=work.rows,
+        groups=tuple(max(passes, key=lambda own: sum(r.tokens * r.kept.all for r in own))),
         widest=work.widest,
         states=tokens * width * dtype.itemsize,
-        taught=max(n * own.taught for n, own in zip(together, kept, strict=True)),
+        taught=max(tokens * kept[length].taught for tokens, length in _taught(work, where)),
+        alone=work.alone * (kept[work.alone].taught + PATHS * KEPT * kept[work.alone].given),
         piece=_of_a_piece(max(with_gradients, default=0), dtype, where),
         cast=sizes[most] * dtype.itemsize * is_cast,
         blocks=sum(sizes.values()) * dtype.itemsize,
@@ -145,6 +165,12 @@ def needs(
         last=max(optimizer[1], last),
         parameters=sum(sizes.values()) + vocabulary * width,
     )
+
+
+def _taught(work: Workload, device: torch.device) -> Iterator[tuple[int, int]]:
+    """Tokens that go through a block at once without gradients, and the length of their rows."""
+    for group in chain(*work.candidates):
+        yield (sum if serves(device) else max)(group.tokens), group.length
 
 
 def _frozen(skeleton: Skeleton, trained: Mapping[str, int]) -> set[str]:

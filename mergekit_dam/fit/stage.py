@@ -133,7 +133,8 @@ def _train(
     quiet: bool,
 ) -> files.Header:
     settings, merged = prepared.settings, prepared.merged
-    room = {"tokens": prepared.needs.tokens, "at_head": prepared.needs.widest}
+    needs = prepared.needs
+    room = {"tokens": needs.tokens, "at_head": needs.widest, "rows": needs.rows}
     figures_on = functools.partial(evaluate, merged, **room, known_tokens=prepared.known_tokens)
     figures = functools.partial(figures_on, [source.held_out for source in prepared.data])
     with merged.as_average():
@@ -211,9 +212,8 @@ def _teachers(prepared: Fit, folder: Path) -> teachers.KeptTeachers | None:
     """None: they teach live."""
     if prepared.settings.teacher == "live":
         return None
-    return teachers.KeptTeachers(
-        prepared.merged, _states_of(folder), _teaching(prepared), prepared.needs.tokens
-    )
+    at_once = prepared.needs.tokens, prepared.needs.rows
+    return teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared), *at_once)
 
 
 def _states_of(folder: Path) -> Path:

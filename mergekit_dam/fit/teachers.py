@@ -39,10 +39,15 @@ class KeptTeachers:
     """
 
     def __init__(
-        self, merged: MergedModel, folder: Path, fingerprint: str, tokens: int = TOKENS
-    ):  # `tokens` go through a source at once
+        self,
+        merged: MergedModel,
+        folder: Path,
+        fingerprint: str,
+        tokens: int = TOKENS,  # that go through a source at once
+        rows: int | None = None,  # at most
+    ):
         self._merged, self._folder, self._fingerprint = merged, folder, fingerprint
-        self._tokens = tokens
+        self._at_once = tokens, rows
         self._files: dict[tuple[int, str], Path] = {}
 
     def __call__(
@@ -84,7 +89,7 @@ class KeptTeachers:
 
     def _write(self, path: Path, source: int, rows: Sequence[Row]) -> None:
         tensors = {}
-        for some in together(rows, self._tokens):
+        for some in together(rows, *self._at_once):
             # Copies: rows that were computed together share their storage.
             states = self._states(source, some)
             tensors |= {_key(r): s.clone().cpu() for r, s in zip(some, states, strict=True)}

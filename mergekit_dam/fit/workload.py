@@ -21,9 +21,12 @@ class Group:
 class Workload:
     """Tokens count with the padding that is computed beside them."""
 
-    groups: tuple[Group, ...]  # in the pass that computes most, the longest rows first; and an
-    # empty one where it has one group, but others have several, whose gradients wait for each
-    # other's
+    # Passes that may take most memory, that of most tokens first; of each its groups, the longest
+    # rows first. If a pass has one group and others have several, an empty one follows: then
+    # gradients of weights wait between groups.
+    candidates: tuple[tuple[Group, ...], ...]
+    rows: int  # of a pass
+    alone: int  # tokens of a row that is evaluated
     widest: int  # tokens of one source in a pass
     passes: int  # forward and backward, of one process
     tokens: int  # of all passes
@@ -31,7 +34,12 @@ class Workload:
     @property
     def largest(self) -> tuple[int, ...]:
         """Tokens of each source in the pass that computes most."""
-        return _of_sources(self.groups)
+        return _of_sources(self.candidates[0])
+
+    @property
+    def lengths(self) -> set[int]:
+        """Of all rows whose memory counts."""
+        return {self.alone, *(g.length for groups in self.candidates for g in groups)}
 
 
 def workload(
@@ -39,23 +47,43 @@ def workload(
 ) -> Workload:
     """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
     items = items_of_a_fit(lengths, settings, processes)
-    nothing = Group(0, (0,) * len(lengths))
-    largest, widest, passes, tokens, most = [nothing], 0, 0, 0, 1
+    nothing = [Group(0, (0,) * len(lengths))]
+    candidates = [nothing, nothing]
+    widest, passes, tokens, most = 0, 0, 0, 1
     while own := list(islice(items, settings.batch_size)):
         found = list(_computed(own, lengths))
-        largest = max(largest, found, key=_total)
+        candidates = [
+            max(c, found, key=k) for c, k in zip(candidates, (_total, _pairs), strict=True)
+        ]
         most, widest = max(most, len(found)), max(widest, *_of_sources(found))
         passes, tokens = passes + 1, tokens + _total(found)
-    if alone > _total(largest):
-        largest = [Group(alone, (alone, *nothing.tokens[1:]))]
-    if len(largest) < min(most, 2):
-        largest = [*largest, nothing]
-    passes, tokens = -(-passes // processes), tokens // processes
-    return Workload(tuple(largest), max(widest, alone), passes, tokens)
+    if alone > _total(candidates[0]):
+        candidates = [[Group(alone, (alone, *nothing[0].tokens[1:]))]]
+    if most > 1:
+        candidates = [with_an_empty_one(groups) for groups in candidates]
+    return Workload(
+        candidates=tuple(dict.fromkeys(map(tuple, candidates))),
+        rows=settings.batch_size * len(lengths),
+        alone=alone or candidates[0][0].length,
+        widest=max(widest, alone),
+        passes=-(-passes // processes),
+        tokens=tokens // processes,
+    )
+
+
+def with_an_empty_one(groups: Sequence[Group]) -> list[Group]:
+    """Two groups at least."""
+    first = groups[0]
+    return [*groups, Group(first.length, (0,) * len(first.tokens))][: max(2, len(groups))]
 
 
 def _total(groups: Sequence[Group]) -> int:
     return sum(_of_sources(groups))
+
+
+def _pairs(groups: Sequence[Group]) -> int:
+    """Of tokens in a row, which some models keep."""
+    return sum(group.length * sum(group.tokens) for group in groups)
 
 
 def _of_sources(groups: Sequence[Group]) -> tuple[int, ...]:

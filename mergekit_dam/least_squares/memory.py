@@ -1,9 +1,10 @@
 """What the least-squares start keeps in memory, found by a pass of its largest chunk of rows
 through the model on tensors without storage."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from math import prod
+from operator import add
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ from mergekit_dam.data import Row
 from mergekit_dam.least_squares import objective
 from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
-from mergekit_dam.model.live import Live, tensors
+from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
 from mergekit_dam.model.storageless import inner_width, tell_estimated, without_storage
 
 PATHS = 2  # of each chunk: the merge's and the source's
 VECTORS = 8  # of conjugate gradients
 KINDS = 2  # of rows, each with sums of its own
+NORM = (4, 5)  # copies of what a norm is given: as it is, and as the sums take it, in float32
 MADE = 2  # of a part of a weight: its product, and that with what a source has for it
 
 
@@ -47,33 +49,34 @@ def start_needs(
     *,
     trust_remote_code: bool,
 ) -> StartNeeds:
-    text = config.get_text_config()
+    text, solved, peaks = config.get_text_config(), _solved(skeleton, trained), []
     found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]
-    largest = max(found, key=_positions)
-    shape = (len(largest), len(largest[0]))
+    for chunk in (max(found, key=_positions), max(found, key=_pairs)):
+        shape = (len(chunk), len(chunk[0]))
+        blocks = _try(config, dtype, solved, shape, trust_remote_code=trust_remote_code)
+        is_padded = len(chunk[-1]) < len(chunk[0])
+        own = Chunk(_positions(chunk), text.hidden_size, dtype.itemsize, is_padded, sources)
+        shapes = [(len(other), len(other[0])) for other in found]
+        peaks.append(own.most(blocks, shape, shapes) + _solving(places, sources))
+    size = max(block.size for block in blocks)
+    return StartNeeds(int(max(peaks)), len(rows) * size)
+
+
+def _try(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    solved: Collection[str],
+    shape: tuple[int, int],  # rows, tokens of each
+    *,
+    trust_remote_code: bool,
+) -> "list[Seen]":
     try:
         with without_storage():
             model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            blocks, masks = _pass(model, _solved(skeleton, trained), shape)
+            return _pass(model, solved, shape)
     except Exception as error:  # whatever stops such a run would not stop a real one
         tell_estimated("the start", error)
-        blocks, masks = _estimate(config, dtype.itemsize, _positions(largest)), 0
-    is_padded = len(largest[-1]) < len(largest[0])
-    chunk = Chunk(_positions(largest), text.hidden_size, dtype.itemsize, is_padded, sources)
-    of_all = PATHS * sum(map(_positions, found)) / _positions(largest)  # to the largest chunk's
-    masks = PATHS * masks * sum(map(_pairs, found)) // _pairs(largest)
-    most = max(_peaks(blocks, chunk, of_all, _solving(places, sources)))
-    return StartNeeds(int(most) + masks, len(rows) * max(block.size for block in blocks))
-
-
-def _peaks(
-    blocks: Sequence["Seen"], chunk: "Chunk", of_all: float, solving: int
-) -> Iterator[float]:
-    """While each block is solved, and while the last rows go through it to the next."""
-    for block in blocks:
-        yield of_all * block.states + chunk.solved(block) + solving
-    for block, following in pairwise(blocks):
-        yield of_all * following.states + block.size + block.working
+        return _estimate(config, dtype.itemsize, prod(shape))
 
 
 def _solving(places: int, sources: int) -> int:
@@ -111,14 +114,38 @@ class Group:
     reaching: int = 0  # and until the next group's run
 
 
+@dataclass(frozen=True)
+class Given:
+    """A tensor whose size depends on rows and their length."""
+
+    size: int  # bytes
+    of_rows: bool  # whether it grows with their number
+    axes: int  # that grow with their length
+
+    def of(self, rows: int, length: int) -> int:
+        """To its size, for other rows; but for a factor."""
+        return (rows if self.of_rows else 1) * length**self.axes
+
+
 @dataclass
 class Seen:
     """A block, as a pass has seen it."""
 
     size: int  # bytes of its weights
-    states: int = 0  # bytes of what the model holds before it, but for masks
+    states: int = 0  # bytes of what the model holds before it
+    given: tuple[Given, ...] = ()  # and of what it gives to blocks beside the states: masks, ...
     working: int = 0  # bytes of what else is there at once as it runs
     groups: list[Group] = field(default_factory=list)  # of layers that are solved
+    normed: int = 0  # numbers that one of its norms is given at most
+
+    def before(self, own: tuple[int, int], shapes: Sequence[tuple[int, int]]) -> float:
+        """Bytes of what the model holds before it, of rows of these shapes, of which `own` were
+        seen."""
+        states = self.states * sum(map(prod, shapes)) / prod(own)
+        return states + sum(
+            some.size * sum(some.of(*shape) for shape in shapes) / some.of(*own)
+            for some in self.given
+        )
 
 
 @dataclass(frozen=True)
@@ -131,14 +158,25 @@ class Chunk:
     is_padded: bool
     sources: int
 
-    def solved(self, block: Seen) -> int:
+    def most(
+        self, blocks: Sequence[Seen], own: tuple[int, int], shapes: Sequence[tuple[int, int]]
+    ) -> float:
+        """The most that there is at once of all chunks, whose shapes these are, with this one on
+        its way: while each block is solved, and while the last rows go through it to the next."""
+        there = [PATHS * block.before(own, shapes) for block in blocks]
+        solved = map(self._solved, blocks)
+        running = (block.size + block.working for block in blocks)
+        return max(*map(add, there, solved), *map(add, there[1:], running))
+
+    def _solved(self, block: Seen) -> int:
         """The most that there is at once as a block is solved."""
-        return block.size + max(map(self._of_group, block.groups), default=0)
+        of_a_norm = block.normed * (NORM[0] * self.itemsize + NORM[1] * 4)
+        return block.size + max(of_a_norm, *map(self._of_group, block.groups), 0)
 
     def _of_group(self, group: Group) -> int:
         """Its sums, and beside them the inputs in the merge and a run in the source, or copies, or
-        what is solved. What adds to the stream is run up to what reads that, for the rest of it,
-        and then for the whole."""
+        what is solved. A layer that adds to the stream (told by its width here) is run as far as
+        the stream's next reader, twice: without its output, and in the source."""
         n, outputs = group.inputs, group.outputs
         sums = KINDS * 4 * sum(n * n + m * n for m in outputs)
         adds = outputs == [self.width]
@@ -158,47 +196,60 @@ class _Watch:
     """Sees the blocks of a pass."""
 
     def __init__(self, live: Live):
-        self.seen: list[Seen] = []
+        self._seen: list[tuple[Seen, set[int]]] = []  # with the storages that were there before
         self._live, self._start, self._input = live, 0, None
-        self._beside: dict[Any, int] = {}  # storage -> its bytes
+        # What blocks are given beside the states, and a tensor's shape.
+        self._given: dict[int, tuple[torch.UntypedStorage, tuple[int, ...]]] = {}
 
-    @property
-    def masks(self) -> int:
-        """Bytes of what all blocks are given beside the states."""
-        return sum(self._beside.values())
+    def blocks(self, rows: int, length: int) -> list[Seen]:
+        """Those of a pass of such rows."""
+        given = {
+            key: Given(storage.nbytes(), shape[0] == rows, shape.count(length))
+            for key, (storage, shape) in self._given.items()
+        }
+        for block, there in self._seen:
+            block.given = tuple(some for key, some in given.items() if key in there)
+            block.states -= sum(some.size for some in block.given)
+        return [block for block, _ in self._seen]
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        storages = (tensor.untyped_storage() for tensor in tensors((args[1:], kwargs)))
-        self._beside |= {storage: storage.nbytes() for storage in storages}
-        states = max(0, self._live.now - self.masks)
-        self.seen.append(Seen(sum(p.nbytes for p in block.parameters()), states))
+        given = (t for t in tensors((args[1:], kwargs)) if t.dim())
+        self._given |= {storage_of(t): (t.untyped_storage(), tuple(t.shape)) for t in given}
+        found = Seen(sum(p.nbytes for p in block.parameters()), self._live.now)
+        self._seen.append((found, self._live.storages()))
         self._live.most = self._start = self._live.now
 
     def after(self, block: nn.Module, args: tuple, output: Any) -> None:
         self._reach()
-        self.seen[-1].working, self._input = self._most, None
+        self._last.working, self._input = self._most, None
 
     def before_layer(self, layer: nn.Module, args: tuple) -> None:
-        if not isinstance(layer, nn.Linear | Conv1D):  # a norm: small, but it ends a group
+        if not isinstance(layer, nn.Linear | Conv1D):  # a norm, which ends a group
             self._reach()
-            self._input = None
+            self._input, block = None, self._last
+            if args[0].is_floating_point():
+                block.normed = max(block.normed, args[0].numel())
             return
         rows, columns = layer.weight.shape
         inputs, outputs = (rows, columns) if isinstance(layer, Conv1D) else (columns, rows)
         if args[0] is not self._input:
             self._reach()
-            self.seen[-1].groups.append(Group(inputs))
+            self._last.groups.append(Group(inputs))
             self._input = args[0]
-        self.seen[-1].groups[-1].outputs.append(outputs)
+        self._last.groups[-1].outputs.append(outputs)
 
     def after_layer(self, layer: nn.Module, args: tuple, output: Any) -> None:
         if isinstance(layer, nn.Linear | Conv1D):
-            self.seen[-1].groups[-1].working = self._most
+            self._last.groups[-1].working = self._most
 
     def _reach(self) -> None:
-        """The end of the present group's way."""
+        """Keep what was there until the next group began."""
         if self._input is not None:
-            self.seen[-1].groups[-1].reaching = self._most
+            self._last.groups[-1].reaching = self._most
+
+    @property
+    def _last(self) -> Seen:
+        return self._seen[-1][0]
 
     @property
     def _most(self) -> int:
@@ -206,11 +257,7 @@ class _Watch:
         return self._live.most - self._start
 
 
-def _pass(
-    model: nn.Module, solved: Collection[str], shape: tuple[int, int]
-) -> tuple[list[Seen], int]:
-    """The blocks, in the order in which rows go through them, and the bytes of masks and the like
-    that they are given."""
+def _pass(model: nn.Module, solved: Collection[str], shape: tuple[int, int]) -> list[Seen]:
     with Live() as live, torch.no_grad():
         watch = _Watch(live)
         for _, block in blocks_of(model):
@@ -221,7 +268,7 @@ def _pass(
                 layer.register_forward_pre_hook(watch.before_layer)
                 layer.register_forward_hook(watch.after_layer)
         model(input_ids=torch.zeros(shape, dtype=torch.long), use_cache=False)
-    return watch.seen, watch.masks
+    return watch.blocks(*shape)
 
 
 def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen]:
@@ -230,9 +277,9 @@ def _estimate(config: PretrainedConfig, itemsize: int, tokens: int) -> list[Seen
     width, vocabulary = text.hidden_size, text.vocab_size
     inner = inner_width(text)
     states, inside, logits = (itemsize * tokens * n for n in (2 * width, 3 * inner, vocabulary))
-    layer = Seen(itemsize * width * (4 * width + 3 * inner), states, inside)
+    layer = Seen(itemsize * width * (4 * width + 3 * inner), states, working=inside)
     layer.groups.append(Group(width, [inner, inner], inside, inside))
     layer.groups.append(Group(inner, [width], inside, inside))
-    head = Seen(itemsize * width * vocabulary, states, logits)
+    head = Seen(itemsize * width * vocabulary, states, working=logits)
     head.groups.append(Group(width, [vocabulary], logits, logits))
     return [layer, head]

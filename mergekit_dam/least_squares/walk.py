@@ -149,7 +149,7 @@ class _Walk:
             del own  # before it is made again
 
     def _solve(self, group: Group, own: BlockWeights, sources: Sequence[BlockWeights]) -> None:
-        """Its sums end with it."""
+        """Set the coefficients of a group. Its sums are freed when this returns."""
         for layer, fit, check in self._objectives(group, own, sources):
             self._set(layer, fit, check)
             self.solved.update(layer.tensors)

@@ -34,6 +34,8 @@ class Activations:
     all: float  # what autograd keeps of the whole model, but for its weights
     largest: float  # of the block that keeps most
     inputs: float  # that blocks are given, up to that one
+    later: float  # and later ones
+    given: float  # of that, what that one is given
     passed: float  # gradients of what that one is given
     taught: float  # what a block without gradients has at most
     most: float  # what one with gradients has at most
@@ -43,7 +45,7 @@ class Activations:
 def measure(
     config: PretrainedConfig,
     dtype: torch.dtype,
-    lengths: Iterable[int],
+    lengths: Collection[int],
     frozen: Collection[str] = (),  # parameters without gradients
     *,
     trust_remote_code: bool,
@@ -80,7 +82,8 @@ def _measure(model: nn.Module, tokens: int) -> Activations:
     with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
         _run(model, 1, tokens, kept.before, kept.after)
     fullest = max(kept.blocks.values(), key=lambda block: block.inputs + block.kept)
-    sizes = kept.all, fullest.kept, fullest.inputs, fullest.passed
+    later = max(block.inputs for block in kept.blocks.values()) - fullest.inputs
+    sizes = kept.all, fullest.kept, fullest.inputs, later, fullest.given, fullest.passed
     return Activations(*(size / tokens for size in sizes), *_at_most(model, tokens, kept))
 
 
@@ -89,7 +92,8 @@ class _Seen:
     """Of a block, in bytes."""
 
     inputs: int  # what it and those before it are given
-    passed: int  # of that to it, what has gradients
+    given: int  # what it is given
+    passed: int  # of that, what has gradients
     kept: int  # of what it makes
 
 
@@ -113,7 +117,9 @@ class _Kept:
         self._given |= given
         self.kinds.setdefault(_kind(block, tensors((args, kwargs))), block)
         passed = _bytes(tensor for tensor in given.values() if tensor.requires_grad)
-        self.blocks[block] = _Seen(_bytes(self._given.values()), passed, -self._made)
+        before = self._made  # of which `kept` begins
+        inputs, own = _bytes(self._given.values()), _bytes(given.values())
+        self.blocks[block] = _Seen(inputs, own, passed, -before)
 
     def after(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.blocks[block].kept += self._made
@@ -208,5 +214,13 @@ def _estimate(config: PretrainedConfig, dtype: torch.dtype) -> Activations:
         n * dtype.itemsize for n in (12 * width + 4 * inner, width, 4 * wide, 2 * wide)
     )
     return Activations(
-        layers * layer, layer, layers * passed, passed, taught, layer + passing, passing
+        all=layers * layer,
+        largest=layer,
+        inputs=layers * passed,
+        later=0,
+        given=passed,
+        passed=passed,
+        taught=taught,
+        most=layer + passing,
+        passing=passing,
     )

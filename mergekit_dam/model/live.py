@@ -24,6 +24,10 @@ class Live(TorchDispatchMode):
                 self._count(tensor.untyped_storage())
         return result
 
+    def storages(self) -> set[int]:
+        """Those that are there, by `storage_of`."""
+        return set(self._sizes)
+
     def _count(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key not in self._sizes:
