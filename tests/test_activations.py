@@ -83,13 +83,13 @@ def test_a_token_of_a_longer_row_keeps(config, lengths, how):
 
 
 def test_rows_of_any_length_are_measured_once_where_they_keep_the_same(monkeypatch):
-    seen, measured = [], activations._measure
+    seen, kept = [], activations._kept
 
     def recorded(model, tokens):
         seen.append(tokens)
-        return measured(model, tokens)
+        return kept(model, tokens)
 
-    monkeypatch.setattr(activations, "_measure", recorded)
+    monkeypatch.setattr(activations, "_kept", recorded)
     config, lengths = transformers.LlamaConfig(**tiny.SIZES), range(1, 300)
     found = measure(config, torch.float32, lengths, trust_remote_code=False)
     assert set(found) == set(lengths)

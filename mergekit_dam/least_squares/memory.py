@@ -51,12 +51,12 @@ def start_needs(
 ) -> StartNeeds:
     text, solved, peaks = config.get_text_config(), _solved(skeleton, trained), []
     found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]
-    for chunk in (max(found, key=_positions), max(found, key=_pairs)):
-        shape = (len(chunk), len(chunk[0]))
+    shapes = [(len(chunk), len(chunk[0])) for chunk in found]
+    largest = {max(shapes, key=prod), max(shapes, key=lambda shape: prod(shape) * shape[1])}
+    for shape in largest:  # of most positions, and of most pairs of them in a row
         blocks = _try(config, dtype, solved, shape, trust_remote_code=trust_remote_code)
-        is_padded = len(chunk[-1]) < len(chunk[0])
-        own = Chunk(_positions(chunk), text.hidden_size, dtype.itemsize, is_padded, sources)
-        shapes = [(len(other), len(other[0])) for other in found]
+        is_padded = any(len(c[-1]) < len(c[0]) for c in found if (len(c), len(c[0])) == shape)
+        own = Chunk(prod(shape), text.hidden_size, dtype.itemsize, is_padded, sources)
         peaks.append(own.most(blocks, shape, shapes) + _solving(places, sources))
     size = max(block.size for block in blocks)
     return StartNeeds(int(max(peaks)), len(rows) * size)
@@ -83,15 +83,6 @@ def _solving(places: int, sources: int) -> int:
     """Second derivatives of the coefficients at each place, in float32 and float64, their factors
     in float64, and what conjugate gradients go along with."""
     return places * (20 * sources**2 + 4 * VECTORS * sources)
-
-
-def _positions(chunk: Sequence[Row]) -> int:
-    return len(chunk) * len(chunk[0])
-
-
-def _pairs(chunk: Sequence[Row]) -> int:
-    """Of positions in a row, for which a mask has a number each."""
-    return _positions(chunk) * len(chunk[0])
 
 
 def _solved(skeleton: Skeleton, trained: Collection[str]) -> set[str]:

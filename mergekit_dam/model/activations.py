@@ -2,7 +2,6 @@
 without computing anything."""
 
 import copy
-import functools
 import math
 from collections import UserDict
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -69,18 +68,26 @@ def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activat
     in parts of a fixed length."""
     text = model.config.get_text_config()
     window = min(getattr(text, key, None) or math.inf for key in WINDOWS)
-    measured = functools.cache(functools.partial(_measure, model))
-    first, second = (measured(tokens) for tokens in TOKENS)
-    grows = not math.isclose(first.all, second.all, rel_tol=ALIKE)
+    trials = [_kept(model, tokens) for tokens in TOKENS]
+    of_each = (kept.all / tokens for kept, tokens in zip(trials, TOKENS, strict=True))
+    if math.isclose(*of_each, rel_tol=ALIKE):
+        alike = _measure(model, TOKENS[0], trials[0])
+    else:
+        alike, window = None, 0
     return {
-        length: measured(length if grows or length >= window else TOKENS[0]) for length in lengths
+        length: alike if length < window else _measure(model, length, _kept(model, length))
+        for length in lengths
     }
 
 
-def _measure(model: nn.Module, tokens: int) -> Activations:
+def _kept(model: nn.Module, tokens: int) -> "_Kept":
     kept = _Kept(model)
     with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
         _run(model, 1, tokens, kept.before, kept.after)
+    return kept
+
+
+def _measure(model: nn.Module, tokens: int, kept: "_Kept") -> Activations:
     fullest = max(kept.blocks.values(), key=lambda block: block.inputs + block.kept)
     later = max(block.inputs for block in kept.blocks.values()) - fullest.inputs
     sizes = kept.all, fullest.kept, fullest.inputs, later, fullest.given, fullest.passed
