@@ -373,6 +373,7 @@ STARTS = {
     "gpt2": (100, 8, True),
     "tables": (64, 8, True),
     "mixtral": (64, 8, True),
+    "mamba": (30, 4, False),
     "qwen3_next": (200, 2, True),
     "qwen3_moe": (60, 2, True),
     "phi3": (200, 2, True),

@@ -26,7 +26,7 @@ def evaluate(
     *,
     rows: int | None = None,  # if they are no more rows than a step's
 ) -> tuple[Figures, ...]:
-    """One entry for each source; see `Plan.known_tokens` for the last argument."""
+    """One entry for each source; `known_tokens` are those of `Plan`."""
     known = known_tokens or [None] * len(held_out)
     return tuple(
         _figures(merged, source, list(together(own, tokens, rows)), at_head, known[source])

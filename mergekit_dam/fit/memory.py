@@ -141,7 +141,7 @@ def needs(
     known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
     kept = measure(config, dtype, work.lengths, frozen, trust_remote_code=trust_remote_code)
     passes = [[Rows(sum(g.tokens), kept[g.length]) for g in own] for own in work.candidates]
-    rows = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
+    looked_up = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
         tokens=tokens,
         rows=work.rows,
@@ -156,7 +156,7 @@ def needs(
         block=sizes[most] * dtype.itemsize,
         gradients=sum(with_gradients) * dtype.itemsize,
         matrix=max(with_gradients, default=0) * dtype.itemsize,
-        table=max(rows, default=0) * dtype.itemsize,
+        table=max(looked_up, default=0) * dtype.itemsize,
         head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
         losses=_at_head(work, vocabulary, width, dtype, objective, where),
         coefficients=coefficients,

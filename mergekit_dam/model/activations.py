@@ -120,11 +120,12 @@ class _Kept:
         return tensor
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
-        given = {storage_of(tensor): tensor for tensor in tensors((args, kwargs))}
+        all_given = tensors((args, kwargs))
+        given = {storage_of(tensor): tensor for tensor in all_given}
         self._given |= given
-        self.kinds.setdefault(_kind(block, tensors((args, kwargs))), block)
+        self.kinds.setdefault(_kind(block, all_given), block)
         passed = _bytes(tensor for tensor in given.values() if tensor.requires_grad)
-        before = self._made  # of which `kept` begins
+        before = self._made  # taken off from what is there after it
         inputs, own = _bytes(self._given.values()), _bytes(given.values())
         self.blocks[block] = _Seen(inputs, own, passed, -before)
 
