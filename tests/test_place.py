@@ -10,15 +10,18 @@ import tiny
 import transformers
 from mergekit.options import MergeOptions
 
+from mergekit_dam import least_squares
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import container, memory
+from mergekit_dam.fit import container, forecast, memory
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.memory import Needs, Rows
 from mergekit_dam.fit.place import choose_recompute, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.model import activations
 from mergekit_dam.model.activations import Activations
 
+QUIET = MergeOptions(quiet=True)
 KEPT = Activations(
     all=1000, largest=200, inputs=50, later=0, given=20, passed=20, taught=80, most=240, passing=40
 )
@@ -166,7 +169,35 @@ def test_too_little_memory_for_a_start_ends_before_it(recipe, tmp_path, monkeypa
     path = recipe(models, dam={"start": "least_squares"})
     monkeypatch.setattr(place_module, "free_memory", lambda device: 100 * 10**6)
     with pytest.raises(DamError, match=r"start needs about .* set `dam.start: average`"):
-        prepare(read_recipe(str(path)), MergeOptions(quiet=True), device="cpu")
+        prepare(read_recipe(str(path)), QUIET, device="cpu")
+
+
+def test_whatever_is_tried_what_takes_the_same_is_measured_once(recipe, tmp_path, monkeypatch):
+    steps, starts, tried = [], [], []
+
+    def of_steps(config, dtype, lengths, frozen, **keys):
+        steps.extend(lengths)
+        return activations.measure(config, dtype, lengths, frozen, **keys)
+
+    def of_starts(config, skeleton, dtype, rows, *others, **keys):
+        starts.append([[len(row) for row in own] for own in rows])
+        return least_squares.start_needs(config, skeleton, dtype, rows, *others, **keys)
+
+    def placed(settings, *others, **keys):
+        tried.append(settings)
+        return place(settings, *others, **keys)
+
+    monkeypatch.setattr(forecast, "measure", of_steps)
+    monkeypatch.setattr(forecast, "start_needs", of_starts)
+    monkeypatch.setattr(forecast, "place", placed)
+    monkeypatch.setattr(place_module, "free_memory", lambda device: 1000)
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    keys = {"start": "least_squares", "recompute": "none", "offload": "none", "batch_size": 4}
+    with pytest.raises(DamError, match="no setting would fit"):
+        prepare(read_recipe(str(recipe(models, dam=keys))), QUIET, device="cpu")
+    assert len(tried) > 10
+    assert len(steps) == len(set(steps)) > 0
+    assert len(starts) == 1  # no remedy that was tried shortens these rows
 
 
 def test_rows_of_the_start():

@@ -1,7 +1,7 @@
 """What a fit will need, from the headers of the sources' files alone."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 
 import torch
@@ -11,14 +11,15 @@ from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import processes
 from mergekit_dam.fit.device import choose_dtype
-from mergekit_dam.fit.memory import Needs, needs
+from mergekit_dam.fit.memory import Needs, frozen_parameters, needs
 from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, foreseen_shapes, trained_tensors
 from mergekit_dam.fit.workload import Group, Workload, with_an_empty_one, workload
 from mergekit_dam.headers import HeaderShapes
-from mergekit_dam.least_squares import start_needs
+from mergekit_dam.least_squares import StartNeeds, start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
+from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.plan import Plan
 
 
@@ -53,6 +54,9 @@ class Outline:
     skeleton: Skeleton
     device: str
     data: Sequence[SourceData]  # of each source, where all were read
+    # What was measured for other settings.
+    _steps: dict[Hashable, dict[int, Activations]] = field(default_factory=dict, init=False)
+    _starts: dict[Hashable, StartNeeds] = field(default_factory=dict, init=False)
 
     def foresee(self, settings: Settings) -> Forecast:
         plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
@@ -65,12 +69,12 @@ class Outline:
         is_cast = shapes.dtypes() != {dtype}
         sizes = held(shapes, settings, skeleton)
         work = foreseen_work(plan, settings, self.data)
-        trust_remote_code = plan.options.trust_remote_code
         found = needs(
             plan.model_config,
             skeleton,
             dtype,
             work,
+            self._of_step(work.lengths, dtype, trained),
             settings.objective,
             device=self.device,
             is_cast=is_cast,
@@ -78,23 +82,14 @@ class Outline:
             trained=trained,
             sources=len(plan.sources),
             optimizer=_of_optimizer(plan, settings, count),
-            trust_remote_code=trust_remote_code,
         )
-        begins = None
-        if choose_start(settings, plan) == "least_squares":
-            rows, sources = start_rows(plan, settings, self.data), len(plan.sources)
-            begins = start_needs(
-                plan.model_config, skeleton, dtype, rows, names, sources,
-                max(trained.values(), default=0) // sources,
-                trust_remote_code=trust_remote_code,
-            )  # fmt: skip
         where = place(
             settings,
             self.device,
             found,
             sum(sizes.values()) + own_models(plan, shapes),
             groups_of(skeleton, sizes),
-            begins,
+            self._of_start(settings, dtype, names, trained),
             made=sum(held(shapes, settings, skeleton, only_made=True).values()),
             own=len(plan.models_of_their_own) / len(plan.sources),
             is_cast=is_cast,
@@ -103,6 +98,40 @@ class Outline:
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place
+
+    def _of_step(
+        self, lengths: Collection[int], dtype: torch.dtype, trained: Collection[str]
+    ) -> Mapping[int, Activations]:
+        """Of rows of each length, which is measured once."""
+        found = self._steps.setdefault((dtype, frozenset(trained)), {})
+        if missing := set(lengths) - found.keys():
+            found |= measure(
+                self.plan.model_config, dtype, missing, frozen_parameters(self.skeleton, trained),
+                trust_remote_code=self.plan.options.trust_remote_code,
+            )  # fmt: skip
+        return found
+
+    def _of_start(
+        self,
+        settings: Settings,
+        dtype: torch.dtype,
+        names: Collection[str],
+        trained: Mapping[str, int],
+    ) -> StartNeeds | None:
+        """Of one that solves; measured once for rows of the same lengths."""
+        plan, sources = self.plan, len(self.plan.sources)
+        if choose_start(settings, plan) != "least_squares":
+            return None
+        rows = start_rows(plan, settings, self.data)
+        lengths = tuple(tuple(map(len, own)) for own in rows)
+        places = max(trained.values(), default=0) // sources
+        key = dtype, frozenset(names), lengths, places
+        if key not in self._starts:
+            self._starts[key] = start_needs(
+                plan.model_config, self.skeleton, dtype, rows, names, sources, places,
+                trust_remote_code=plan.options.trust_remote_code,
+            )  # fmt: skip
+        return self._starts[key]
 
 
 def _of_optimizer(plan: Plan, settings: Settings, trained: int) -> tuple[int, int]:

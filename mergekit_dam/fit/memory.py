@@ -1,7 +1,7 @@
 """What a step of a fit keeps in memory, beside the sources."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -16,7 +16,7 @@ from mergekit_dam.fit.container import memory_left
 from mergekit_dam.fit.workload import Workload
 from mergekit_dam.formula import at_once
 from mergekit_dam.model import Recompute, Skeleton
-from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.model.activations import Activations
 from mergekit_dam.model.lookup import is_shared
 from mergekit_dam.model.mixture import serves
 
@@ -111,6 +111,7 @@ def needs(
     skeleton: Skeleton,
     dtype: torch.dtype,
     work: Workload,
+    kept: Mapping[int, Activations],  # of rows of each of its lengths
     objective: Objective,
     *,
     device: str,
@@ -119,7 +120,6 @@ def needs(
     trained: Mapping[str, int],  # output tensor -> how many coefficients it has, of all sources
     sources: int,  # which have coefficients
     optimizer: tuple[int, int],  # see `optimizer.memory`
-    trust_remote_code: bool,
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -128,7 +128,7 @@ def needs(
     tables = {p: b for p, b in inner.items() if isinstance(b, nn.Embedding) and names[p]}
     own = {path: block for path, block in inner.items() if path not in tables}
     sizes = {p: sum(parameter.numel() for parameter in b.parameters()) for p, b in own.items()}
-    most, frozen = max(sizes, key=sizes.__getitem__), _frozen(skeleton, trained)
+    most, frozen = max(sizes, key=sizes.__getitem__), frozen_parameters(skeleton, trained)
     with_gradients = [
         parameter.numel()
         for name, parameter in own[most].named_parameters()
@@ -139,7 +139,6 @@ def needs(
     teachers, numbers = len(work.largest), list(trained.values())
     where = torch.device(device)
     known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
-    kept = measure(config, dtype, work.lengths, frozen, trust_remote_code=trust_remote_code)
     passes = [[Rows(sum(g.tokens), kept[g.length]) for g in own] for own in work.candidates]
     looked_up = [_of_table(t.weight, tokens, shapes[names[path]]) for path, t in tables.items()]
     return Needs(
@@ -173,11 +172,11 @@ def _taught(work: Workload, device: torch.device) -> Iterator[tuple[int, int]]:
         yield (sum if serves(device) else max)(group.tokens), group.length
 
 
-def _frozen(skeleton: Skeleton, trained: Mapping[str, int]) -> set[str]:
-    """The parameters of the model that have no gradients."""
-    composed = (a.parameters for a in skeleton.assemblies if trained.keys().isdisjoint(a.names))
+def frozen_parameters(skeleton: Skeleton, trained: Collection[str]) -> set[str]:
+    """The parameters of the model that have no gradients, if these output tensors are trained."""
+    untrained = (a for a in skeleton.assemblies if not any(name in trained for name in a.names))
     single = (parameter for parameter, name in skeleton.tensors.items() if name not in trained)
-    return {*single, *(parameter for parameters in composed for parameter in parameters)}
+    return {*single, *(parameter for own in untrained for parameter in own.parameters)}
 
 
 def _of_coefficients(

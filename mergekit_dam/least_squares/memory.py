@@ -18,7 +18,7 @@ from mergekit_dam.least_squares.rows import chunks, split
 from mergekit_dam.model import Skeleton
 from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
-from mergekit_dam.model.storageless import inner_width, tell_estimated, without_storage
+from mergekit_dam.model.storageless import inner_width, without_storage
 
 PATHS = 2  # of each chunk: the merge's and the source's
 VECTORS = 8  # of conjugate gradients
@@ -70,13 +70,14 @@ def _try(
     *,
     trust_remote_code: bool,
 ) -> "list[Seen]":
-    try:
-        with without_storage():
-            model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            return _pass(model, solved, shape)
-    except Exception as error:  # whatever stops such a run would not stop a real one
-        tell_estimated("the start", error)
+    def run() -> list[Seen]:
+        model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+        return _pass(model, solved, shape)
+
+    def estimate() -> list[Seen]:
         return _estimate(config, dtype.itemsize, prod(shape))
+
+    return without_storage(run, estimate, "the start")
 
 
 def _solving(places: int, sources: int) -> int:

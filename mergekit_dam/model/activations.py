@@ -17,7 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
-from mergekit_dam.model.storageless import inner_width, tell_estimated, without_storage
+from mergekit_dam.model.storageless import inner_width, without_storage
 
 TOKENS = (64, 97)  # of the trials: parts of a row that are a multiple of one are not of the other
 WINDOWS = ("sliding_window", "attention_chunk_size")  # of attention, in tokens
@@ -51,15 +51,17 @@ def measure(
 ) -> dict[int, Activations]:
     """Of rows of each of these lengths. Runs the model on tensors without storage; a model that
     cannot run so is estimated: like a Llama of its sizes."""
-    try:
-        with without_storage():
-            model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-            for name, parameter in model.named_parameters(remove_duplicate=False):
-                parameter.requires_grad_(name not in frozen)
-            return _of_lengths(model, set(lengths))
-    except Exception as error:  # whatever stops such a run would not stop a real one
-        tell_estimated("a step", error)
+
+    def run() -> dict[int, Activations]:
+        model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            parameter.requires_grad_(name not in frozen)
+        return _of_lengths(model, set(lengths))
+
+    def estimate() -> dict[int, Activations]:
         return dict.fromkeys(lengths, _estimate(config.get_text_config(), dtype))
+
+    return without_storage(run, estimate, "a step")
 
 
 def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activations]:

@@ -1,8 +1,9 @@
 """Runs on tensors without storage: what a model would make, without making it."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 from unittest.mock import patch
 
 from torch import Tensor
@@ -11,10 +12,27 @@ from transformers import PretrainedConfig, PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 LOG = logging.getLogger(__name__)
+Found = TypeVar("Found")
+
+
+def without_storage(run: Callable[[], Found], estimate: Callable[[], Found], what: str) -> Found:
+    """What `run` finds where tensors have no storage. If the model cannot run so: an estimate, and
+    a warning that what it takes in memory for `what` is one."""
+    try:
+        with _without_storage():
+            return run()
+    except Exception as error:  # whatever stops such a run would not stop a real one
+        LOG.warning(
+            "What %s of this model takes in memory cannot be measured beforehand, so it is "
+            "estimated, like that of a Llama of its sizes (%s).",
+            what,
+            str(error).rstrip("."),
+        )
+        return estimate()
 
 
 @contextmanager
-def without_storage() -> Iterator[None]:
+def _without_storage() -> Iterator[None]:
     """A context whose tensors have no storage; without the traceback that torch logs for an
     operation that it cannot run so."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -42,15 +60,6 @@ def _without_values() -> Iterator[None]:
 def _as_of_one_expert(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
     """Of the same size, and autograd keeps the same for it, as if each expert had its own rows."""
     return x.to(weights.dtype) @ weights[0]
-
-
-def tell_estimated(what: str, error: Exception) -> None:
-    LOG.warning(
-        "What %s of this model takes in memory cannot be measured beforehand, so it is estimated, "
-        "like that of a Llama of its sizes (%s).",
-        what,
-        str(error).rstrip("."),
-    )
 
 
 def inner_width(config: PretrainedConfig) -> int:
