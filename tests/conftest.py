@@ -30,9 +30,10 @@ from mergekit_dam import report  # noqa: E402
 from mergekit_dam.model import MergedModel  # noqa: E402
 
 
-def pytest_collection_finish() -> None:
-    """What is imported by now stays: a collection of garbage, of which a fit makes two, would look
-    through it for a quarter of a second."""
+@pytest.fixture(autouse=True, scope="module")
+def _keeps_what_is_there() -> None:
+    """What is imported and cached by now stays: a collection of garbage, of which a fit makes two,
+    would look through it for half a second."""
     gc.collect()
     gc.freeze()
 

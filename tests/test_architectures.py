@@ -23,7 +23,8 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.prepare import Fit, prepare
-from mergekit_dam.model import build_skeleton
+from mergekit_dam.model import MergedModel, build_skeleton
+from mergekit_dam.model.live import Live
 
 QUIET = MergeOptions(quiet=True)
 
@@ -59,6 +60,16 @@ def test_fit_merge_and_strict_load(architecture, recipe, tmp_path, caplog):
         source = architectures.load(models[1], architecture.name)(ids).logits
     torch.testing.assert_close(logits, result)
     torch.testing.assert_close(teacher, source)
+    assert_nothing_stays(merged, ids)
+
+
+def assert_nothing_stays(merged: MergedModel, ids: torch.Tensor) -> None:
+    """Of a step, that the next would find: autograd's results that hold themselves, say."""
+    for merged.recompute in ("block", "weights", "none"):
+        with Live() as live:
+            merged(ids).sum().backward()
+            merged.zero_grad()
+        assert live.now == 0, merged.recompute
 
 
 def expected_untrained(architecture: Architecture, names) -> set[str]:

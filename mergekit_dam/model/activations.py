@@ -84,7 +84,7 @@ def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activat
 
 def _kept(model: nn.Module, tokens: int) -> "_Kept":
     kept = _Kept(model)
-    with saved_tensors_hooks(kept.keep, lambda tensor: tensor):
+    with saved_tensors_hooks(kept.keep, lambda nothing: nothing):
         _run(model, 1, tokens, kept.before, kept.after)
     return kept
 
@@ -107,7 +107,8 @@ class _Seen:
 
 
 class _Kept:
-    """What autograd keeps of a pass, but for the model's weights."""
+    """What autograd keeps of a pass, but for the model's weights. Autograd holds this, so this
+    holds nothing that autograd holds in its turn: they would keep each other forever."""
 
     def __init__(self, model: nn.Module):
         self._own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
@@ -116,15 +117,14 @@ class _Kept:
         self.blocks: dict[nn.Module, _Seen] = {}
         self.kinds: dict[tuple, nn.Module] = {}  # the first block of each
 
-    def keep(self, tensor: Tensor) -> Tensor:
+    def keep(self, tensor: Tensor) -> None:
         if storage_of(tensor) not in self._own:
-            self._tensors[storage_of(tensor)] = tensor
-        return tensor
+            self._tensors[storage_of(tensor)] = tensor.detach()
 
     def before(self, block: nn.Module, args: tuple, kwargs: dict) -> None:
         all_given = tensors((args, kwargs))
         given = {storage_of(tensor): tensor for tensor in all_given}
-        self._given |= given
+        self._given |= {key: tensor.detach() for key, tensor in given.items()}
         self.kinds.setdefault(_kind(block, all_given), block)
         passed = _bytes(tensor for tensor in given.values() if tensor.requires_grad)
         before = self._made  # taken off from what is there after it

@@ -6,7 +6,9 @@
 """
 
 import contextlib
+import copy
 import weakref
+from collections import UserDict
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -58,7 +60,7 @@ class _Activations:
     """What autograd saves of a block's calls, made again when it is asked for, and given away."""
 
     def __init__(self, block: Block, calls: Sequence[tuple[tuple, dict]]):
-        self._block, self._calls = block, calls
+        self._block, self._calls = block, _with_own_containers(calls)
         self._given = {storage_of(tensor) for tensor in tensors(calls)}  # which are there anyway
         self._places: list[weakref.ref[_Place]] = []  # some die: of results that nothing used
         self._made: dict[int, Tensor] = {}
@@ -82,7 +84,7 @@ class _Activations:
         self._made, self._seen = {}, 0
         hooks = saved_tensors_hooks(self._keep, lambda nothing: nothing)
         with contextlib.suppress(_Enough), torch.enable_grad(), hooks:
-            self._block.run_each(self._calls)
+            self._block.run_each(_with_own_containers(self._calls))
         self._require(self._seen == len(self._places))
 
     def _keep(self, saved: Tensor) -> None:
@@ -107,6 +109,19 @@ class _Enough(Exception):
     """Ends a run where all is made that is needed."""
 
 
+def _with_own_containers(calls: Sequence[tuple[tuple, dict]]) -> list[tuple[tuple, dict]]:
+    """Calls with copies of what blocks write to for later ones. What a run writes there has been
+    made in it, and holds what autograd holds for it: these calls, if they had it, forever."""
+
+    def own(given: Any) -> Any:
+        return copy.copy(given) if isinstance(given, UserDict) else given
+
+    return [
+        (tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()})
+        for args, kwargs in calls
+    ]
+
+
 def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tensors_hooks:
     """A context in which autograd saves a weight's name and view in its place.
 
@@ -118,8 +133,8 @@ def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tenso
 
     def pack(saved: Tensor) -> Any:
         name = storages.get(storage_of(saved))
-        if name is None:
-            return saved
+        if name is None:  # the result of what saves it would hold itself forever
+            return saved.detach() if saved.requires_grad else saved
         return name, saved.shape, saved.stride(), saved.storage_offset()
 
     def unpack(packed: Any) -> Tensor:
@@ -132,7 +147,8 @@ def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tenso
 
 
 class _Again:
-    """A block's weights for the backward pass. Only the block that was asked last has them."""
+    """A block's weights for the backward pass. Only the block that was asked last has them, until
+    another one is asked or the pass ends."""
 
     _last: "_Again | None" = None
 
@@ -142,6 +158,8 @@ class _Again:
 
     def weights(self) -> Mapping[str, Tensor]:
         if self._weights is None:
+            if _Again._last is None:
+                torch.autograd.Variable._execution_engine.queue_callback(_Again._let_go)
             _Again._let_go()
             with torch.no_grad():
                 self._weights = self._block.weights(whole=False)
