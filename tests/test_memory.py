@@ -206,13 +206,9 @@ def test_so_does_one_with_rows_of_two_lengths(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, lengths=2)
 
 
+@pytest.mark.parametrize("name", STEPS)
 @pytest.mark.parametrize(
-    "name, sources, lengths, granularity",
-    [
-        *((name, 3, 3, "column") for name in ("activations", "depth", "gemma3", "positions")),
-        *((name, 4, 2, "row") for name in ("little vocabulary", "shared heads", "tied", "tables")),
-        *((name, 4, 4, "element") for name in ("narrow", "weights", "head", "gpt2")),
-    ],
+    "sources, lengths, granularity", [(3, 3, "column"), (4, 2, "row"), (4, 4, "element")]
 )
 def test_so_does_one_with_more_sources(recipe, tmp_path, name, sources, lengths, granularity):
     dam = {"granularity": granularity}
