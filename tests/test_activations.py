@@ -1,11 +1,14 @@
 """What a model keeps is measured without computing."""
 
+import gc
+
 import pytest
 import tiny
 import torch
 import transformers
 from commands import run
 from mergekit.options import MergeOptions
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mergekit_dam.config import read_recipe
 from mergekit_dam.fit.prepare import prepare
@@ -45,6 +48,18 @@ def test_every_architecture_is_measured(name, caplog):
     assert found.all >= found.largest >= found.inputs / 6 > 0
     assert found.most >= found.passing >= found.passed > 0
     assert "cannot be measured" not in caplog.text
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_nothing_of_it_stays(name):
+    """What autograd holds and what this holds would keep each other."""
+
+    def measured() -> int:
+        measure(tiny.CONFIGS[name], torch.float32, [64], trust_remote_code=False)
+        gc.collect()
+        return sum(type(thing) is FakeTensor for thing in gc.get_objects())
+
+    assert measured() == measured()
 
 
 WINDOW = 120

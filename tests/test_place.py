@@ -1,5 +1,6 @@
 """Where a fit keeps what it needs, and what is said where that does not fit."""
 
+import functools
 import itertools
 import math
 from dataclasses import replace
@@ -12,12 +13,15 @@ from mergekit.options import MergeOptions
 
 from mergekit_dam import least_squares
 from mergekit_dam.config import Settings, read_recipe
+from mergekit_dam.config.settings import Train
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import container, forecast, memory
 from mergekit_dam.fit import place as place_module
+from mergekit_dam.fit.forecast import Outline, merged_skeleton
 from mergekit_dam.fit.memory import Needs, Rows
 from mergekit_dam.fit.place import choose_recompute, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import activations
 from mergekit_dam.model.activations import Activations
 
@@ -198,6 +202,25 @@ def test_whatever_is_tried_what_takes_the_same_is_measured_once(recipe, tmp_path
     assert len(tried) > 10
     assert len(steps) == len(set(steps)) > 0
     assert len(starts) == 1  # no remedy that was tried shortens these rows
+
+
+def test_what_is_foreseen_does_not_depend_on_what_was_tried_before(recipe, tmp_path):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["gemma2"], 2)
+    path = recipe(models, dam={"start": "least_squares"})
+    found = prepare(read_recipe(str(path)), QUIET, device="cpu")
+    shapes = HeaderShapes(found.plan)
+    make = functools.partial(
+        Outline, found.plan, shapes, merged_skeleton(found.plan, shapes), "cpu", found.data
+    )
+    shared = make()
+    for change in (
+        {}, {"train": Train(linear=False)}, {"granularity": "row"}, {"compute_dtype": "bfloat16"},
+        {"max_length": 9}, {"batch_size": 1}, {"calibration": 2}, {"start": "average"},
+    ):  # fmt: skip
+        settings = found.settings.model_copy(update=change)
+        one, other = shared.foresee(settings), make().foresee(settings)
+        assert (one.needs, one.place.start) == (other.needs, other.place.start), change
+    assert len(shared._steps) == 3 and len(shared._starts) == 6
 
 
 def test_rows_of_the_start():

@@ -1,10 +1,13 @@
 """Keeping activations, keeping nothing or keeping all: the same gradients, different memory."""
 
+import importlib
 import weakref
+from collections import UserDict
 
 import pytest
 import tiny
 import torch
+import transformers
 from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
@@ -13,6 +16,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import recompute, weights
+from mergekit_dam.model.live import Live
 
 QUIET = MergeOptions(quiet=True)
 MODES = ("block", "weights", "none")
@@ -20,8 +24,9 @@ MODES = ("block", "weights", "none")
 
 @pytest.fixture
 def make(recipe, tmp_path):
-    def make(name: str, **keys):
-        models = tiny.save_models(tmp_path, tiny.CONFIGS[name], 2)
+    def make(config: str | transformers.PretrainedConfig, **keys):
+        config = tiny.CONFIGS[config] if isinstance(config, str) else config
+        models = tiny.save_models(tmp_path, config, 2)
         return prepare(read_recipe(str(recipe(models, **keys))), QUIET, device="cpu").merged
 
     return make
@@ -96,6 +101,49 @@ def test_what_nothing_used_is_not_made_again(is_steady):
     else:
         with pytest.raises(DamError, match="something else each time"):
             out.backward()
+
+
+@pytest.mark.parametrize("container", [UserDict, dict])
+@pytest.mark.parametrize("goes_back", [True, False])
+def test_what_layers_share_does_not_stay(make, monkeypatch, container, goes_back):
+    """Keys and values, in a container to which layers write."""
+    config = transformers.Gemma3nTextConfig(
+        **{**tiny.SIZES, "intermediate_size": [24] * 4, "num_hidden_layers": 4}, head_dim=8,
+        num_kv_shared_layers=2, hidden_size_per_layer_input=8, laurel_rank=4,
+        vocab_size_per_layer_input=tiny.VOCABULARY, activation_sparsity_pattern=[0.0] * 4,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )  # fmt: skip
+    merged = make(config)
+    module = importlib.import_module(type(merged.model).__module__)
+    monkeypatch.setattr(module, "KVSharingDict", container)
+    merged.recompute = "block"
+    with Live() as live:
+        logits = merged(tiny.tokens())
+        if goes_back:
+            logits.sum().backward()
+            merged.zero_grad()
+        del logits
+    assert live.now == 0
+
+
+def test_a_failed_backward_pass_leaves_no_weights_after_the_next(make):
+    merged = make("llama")
+    merged.recompute = "weights"
+    layer = merged.model.model.layers[0].block.mlp
+
+    errors = iter([RuntimeError("in the middle")])
+
+    def fails_once(*_):
+        for error in errors:
+            raise error
+
+    layer.register_full_backward_hook(fails_once)
+    loss = merged(tiny.tokens()).sum()
+    with pytest.raises(RuntimeError, match="in the middle"):
+        loss.backward(retain_graph=True)
+    assert recompute._Again._last is not None
+    loss.backward()
+    assert recompute._Again._last is None
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -22,6 +22,8 @@ from mergekit_dam.model import Skeleton, build_skeleton
 from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.plan import Plan
 
+OWN = {"init": False, "repr": False, "compare": False}
+
 
 @dataclass(frozen=True)
 class Forecast:
@@ -55,8 +57,8 @@ class Outline:
     device: str
     data: Sequence[SourceData]  # of each source, where all were read
     # What was measured for other settings.
-    _steps: dict[Hashable, dict[int, Activations]] = field(default_factory=dict, init=False)
-    _starts: dict[Hashable, StartNeeds] = field(default_factory=dict, init=False)
+    _steps: dict[Hashable, dict[int, Activations]] = field(default_factory=dict, **OWN)
+    _starts: dict[Hashable, StartNeeds] = field(default_factory=dict, **OWN)
 
     def foresee(self, settings: Settings) -> Forecast:
         plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
@@ -102,7 +104,7 @@ class Outline:
     def _of_step(
         self, lengths: Collection[int], dtype: torch.dtype, trained: Collection[str]
     ) -> Mapping[int, Activations]:
-        """Of rows of each length, which is measured once."""
+        """Of rows of each length, which is measured once for what is computed and trained so."""
         found = self._steps.setdefault((dtype, frozenset(trained)), {})
         if missing := set(lengths) - found.keys():
             found |= measure(

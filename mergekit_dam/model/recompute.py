@@ -22,6 +22,7 @@ from mergekit_dam.model.live import storage_of, tensors
 from mergekit_dam.model.lookup import Lookup
 
 Recompute = Literal["block", "weights", "none"]
+CONTAINERS = (UserDict, dict, list)
 
 
 def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute) -> list[Any]:
@@ -84,7 +85,7 @@ class _Activations:
         self._made, self._seen = {}, 0
         hooks = saved_tensors_hooks(self._keep, lambda nothing: nothing)
         with contextlib.suppress(_Enough), torch.enable_grad(), hooks:
-            self._block.run_each(_with_own_containers(self._calls))
+            self._block.run_each(_with_own_containers(self._calls))  # what this run writes goes
         self._require(self._seen == len(self._places))
 
     def _keep(self, saved: Tensor) -> None:
@@ -110,11 +111,12 @@ class _Enough(Exception):
 
 
 def _with_own_containers(calls: Sequence[tuple[tuple, dict]]) -> list[tuple[tuple, dict]]:
-    """Calls with copies of what blocks write to for later ones. What a run writes there has been
-    made in it, and holds what autograd holds for it: these calls, if they had it, forever."""
+    """Calls with copies of containers, which blocks may write to (keys and values that layers
+    share). What a run writes there has its graph, and that holds these calls: with the same
+    container they would keep each other."""
 
     def own(given: Any) -> Any:
-        return copy.copy(given) if isinstance(given, UserDict) else given
+        return copy.copy(given) if isinstance(given, CONTAINERS) else given
 
     return [
         (tuple(map(own, args)), {name: own(value) for name, value in kwargs.items()})
@@ -133,7 +135,7 @@ def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tenso
 
     def pack(saved: Tensor) -> Any:
         name = storages.get(storage_of(saved))
-        if name is None:  # the result of what saves it would hold itself forever
+        if name is None:  # an operation's own result would keep it, where no gradient comes
             return saved.detach() if saved.requires_grad else saved
         return name, saved.shape, saved.stride(), saved.storage_offset()
 
@@ -148,7 +150,7 @@ def _without_weights(block: Block, weights: Mapping[str, Tensor]) -> saved_tenso
 
 class _Again:
     """A block's weights for the backward pass. Only the block that was asked last has them, until
-    another one is asked or the pass ends."""
+    another one is asked or the pass ends (after an error, until the next forward pass)."""
 
     _last: "_Again | None" = None
 
@@ -158,9 +160,8 @@ class _Again:
 
     def weights(self) -> Mapping[str, Tensor]:
         if self._weights is None:
-            if _Again._last is None:
-                torch.autograd.Variable._execution_engine.queue_callback(_Again._let_go)
             _Again._let_go()
+            torch.autograd.Variable._execution_engine.queue_callback(_Again._let_go)
             with torch.no_grad():
                 self._weights = self._block.weights(whole=False)
             _Again._last = self

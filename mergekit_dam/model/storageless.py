@@ -19,7 +19,7 @@ def without_storage(run: Callable[[], Found], estimate: Callable[[], Found], wha
     """What `run` finds where tensors have no storage. If the model cannot run so: an estimate, and
     a warning that what it takes in memory for `what` is one."""
     try:
-        with _without_storage():
+        with _tensors_without_storage():
             return run()
     except Exception as error:  # whatever stops such a run would not stop a real one
         LOG.warning(
@@ -32,7 +32,7 @@ def without_storage(run: Callable[[], Found], estimate: Callable[[], Found], wha
 
 
 @contextmanager
-def _without_storage() -> Iterator[None]:
+def _tensors_without_storage() -> Iterator[None]:
     """A context whose tensors have no storage; without the traceback that torch logs for an
     operation that it cannot run so."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
