@@ -9,6 +9,7 @@ import tiny
 import torch
 import transformers
 from mergekit.options import MergeOptions
+from test_memory import OTHERS
 
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
@@ -107,13 +108,7 @@ def test_what_nothing_used_is_not_made_again(is_steady):
 @pytest.mark.parametrize("goes_back", [True, False])
 def test_what_layers_share_does_not_stay(make, monkeypatch, container, goes_back):
     """Keys and values, in a container to which layers write."""
-    config = transformers.Gemma3nTextConfig(
-        **{**tiny.SIZES, "intermediate_size": [24] * 4, "num_hidden_layers": 4}, head_dim=8,
-        num_kv_shared_layers=2, hidden_size_per_layer_input=8, laurel_rank=4,
-        vocab_size_per_layer_input=tiny.VOCABULARY, activation_sparsity_pattern=[0.0] * 4,
-        layer_types=["sliding_attention", "full_attention"] * 2,
-    )  # fmt: skip
-    merged = make(config)
+    merged = make(OTHERS["gemma3n"][0])
     module = importlib.import_module(type(merged.model).__module__)
     monkeypatch.setattr(module, "KVSharingDict", container)
     merged.recompute = "block"
@@ -130,7 +125,6 @@ def test_a_failed_backward_pass_leaves_no_weights_after_the_next(make):
     merged = make("llama")
     merged.recompute = "weights"
     layer = merged.model.model.layers[0].block.mlp
-
     errors = iter([RuntimeError("in the middle")])
 
     def fails_once(*_):

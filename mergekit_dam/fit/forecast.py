@@ -22,7 +22,7 @@ from mergekit_dam.model import Skeleton, build_skeleton
 from mergekit_dam.model.activations import Activations, measure
 from mergekit_dam.plan import Plan
 
-OWN = {"init": False, "repr": False, "compare": False}
+CACHE = {"default_factory": dict, "init": False, "repr": False, "compare": False}
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ class Outline:
     device: str
     data: Sequence[SourceData]  # of each source, where all were read
     # What was measured for other settings.
-    _steps: dict[Hashable, dict[int, Activations]] = field(default_factory=dict, **OWN)
-    _starts: dict[Hashable, StartNeeds] = field(default_factory=dict, **OWN)
+    _steps: dict[Hashable, dict[int, Activations]] = field(**CACHE)
+    _starts: dict[Hashable, StartNeeds] = field(**CACHE)
 
     def foresee(self, settings: Settings) -> Forecast:
         plan, shapes, skeleton = self.plan, self.shapes, self.skeleton
