@@ -1,5 +1,6 @@
 """Rows that are computed together: little padding, every row, the same order again."""
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -96,6 +97,9 @@ def test_groups_have_every_row_once_and_little_padding(lengths) -> None:
         own = [lengths[row] for row in group]
         assert own[0] == max(own)
         assert sum(own) >= (1 - PADDING) * len(own) * max(own)
+    for group, later in itertools.pairwise(found):  # the next would have been padded too much
+        own = [lengths[row] for row in (*group, later[0])]
+        assert sum(own) <= (1 - PADDING) * len(own) * max(own)
 
 
 def test_rows_of_one_length_are_one_group() -> None:

@@ -1,5 +1,6 @@
 """Mistakes that earlier went unseen, or ended in another library's words."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,13 @@ def test_settings_without_an_effect(recipe, models) -> None:
         assert told.stderr.count(f"Warning: {sentence}") == 1
     paper = {"preset": "paper", "steps": None, "objective": {"kl": 1}}
     assert "no effect" not in run("mergekit-dam", "check", recipe(models[:2], dam=paper)).stderr
+
+
+def test_more_rows_in_a_step_than_there_are(recipe, models) -> None:
+    told = run("mergekit-dam", "check", recipe(models[:2], dam={"batch_size": 500})).stderr
+    assert re.search(r"`dam.batch_size` is 500, but no source has more than (\d+) .*: \1 is", told)
+    path = recipe(models[:2], dam={"batch_size": 10**9})
+    assert "`dam.batch_size` Input should be less than" in refusal("mergekit-dam", "check", path)
 
 
 def test_an_error_stands_on_a_line_of_its_own(recipe, models, tmp_path) -> None:

@@ -15,11 +15,20 @@ from mergekit.options import MergeOptions
 from mergekit_dam.check.speed import duration
 from mergekit_dam.config import Settings, read_recipe
 from mergekit_dam.data import Row, SourceData
-from mergekit_dam.fit import fit
+from mergekit_dam.fit import fit, teachers
+from mergekit_dam.fit import workload as workload_module
 from mergekit_dam.fit.batches import PADDING, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.workload import _computed, _pairs, _total, items_of_a_fit, workload
+from mergekit_dam.fit.workload import (
+    FORESEEN,
+    _computed,
+    _pairs,
+    _total,
+    items_of_a_fit,
+    passes_of_a_fit,
+    workload,
+)
 from mergekit_dam.model import MergedModel
 from mergekit_dam.model.live import Live
 
@@ -126,6 +135,61 @@ def test_passes_with_most_tokens_and_with_most_pairs_of_them_count(lengths, batc
     assert _total(work.candidates[0]) == max(map(_total, passes))
     assert max(map(_pairs, work.candidates)) == max(map(_pairs, passes))
     assert work.lengths == {group.length for groups in work.candidates for group in groups}
+
+
+lasting = st.one_of(
+    st.fixed_dictionaries({"steps": st.integers(0, 40)}),
+    st.fixed_dictionaries({"epochs": st.floats(0.01, 5)}),
+)
+
+
+@given(lengths, lasting, st.integers(1, 9), st.integers(1, 4), st.integers(1, 3))
+def test_passes_are_counted_without_their_rows(lengths, lasting, batch, accumulation, processes):
+    settings = Settings(data=(), batch_size=batch, accumulation=accumulation, **lasting)
+    _, passes = passes_of_a_fit(lengths, settings, processes)
+    assert passes * batch * processes == len(list(items_of_a_fit(lengths, settings, processes)))
+    assert workload(lengths, settings, processes).passes == passes
+
+
+def counted(monkeypatch, module) -> list[tuple[int, ...]]:
+    """The items that a module takes, from now on."""
+    taken = []
+
+    def watched(*arguments):
+        for item in items_of_a_fit(*arguments):
+            taken.append(item)
+            yield item
+
+    monkeypatch.setattr(module, "items_of_a_fit", watched)
+    return taken
+
+
+@pytest.mark.parametrize(
+    "dam",
+    [
+        {"steps": 10**30, "batch_size": 8},
+        {"epochs": 1e9, "batch_size": 7, "accumulation": 10**9},
+        {"steps": 400, "batch_size": 2**16},  # more than all rows
+    ],
+    ids=str,
+)
+def test_of_a_long_fit_or_a_large_step_little_is_gone_through(monkeypatch, dam):
+    """A mistake in these settings waits for no more than a moment for its answer."""
+    lengths, settings = [[len(r) for r in rows(1500, 90, 0)]] * 2, Settings(data=(), **dam)
+    taken = counted(monkeypatch, workload_module)
+    found = workload(lengths, settings)
+    assert 0 < len(taken) <= max(FORESEEN, settings.batch_size)
+    assert found.passes == passes_of_a_fit(lengths, settings)[1]
+    mean = sum(map(sum, lengths)) / 1500
+    assert 1 <= found.tokens / found.passes / settings.batch_size / mean <= 1.01 / (1 - PADDING)
+
+
+def test_rows_that_are_kept_are_those_of_one_epoch(monkeypatch):
+    data = StepRows([SourceData(rows(n, 9, n), []) for n in (30, 11)])
+    taken = counted(monkeypatch, teachers)
+    kept = teachers.rows_of_a_fit(data, Settings(data=(), batch_size=4, steps=10**30), 1)
+    assert [len(own) for own in kept] == [30, 11]
+    assert len(taken) <= 32
 
 
 def test_an_entry_may_have_longer_rows_than_the_others(recipe, models):

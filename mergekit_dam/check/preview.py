@@ -1,7 +1,7 @@
 """The rows of a source as the model will see them."""
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
@@ -10,6 +10,7 @@ from mergekit_dam.config import Settings
 from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import Row, SourceData, is_missing
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.forecast import is_read
 from mergekit_dam.fit.rows import generation, load_source_data
 from mergekit_dam.plan import Plan
 
@@ -44,6 +45,16 @@ def read_rows(settings: Settings, plan: Plan, out: str) -> Rows:
         except DamError as error:
             rows.problems.append(error.message)
     return rows
+
+
+def repeated_rows(settings: Settings, plan: Plan, rows: Rows) -> Iterator[str]:
+    """Of a step that takes more rows of each source than there are."""
+    most = max((len(own.train) for own in rows.data), default=0)
+    if settings.batch_size > most and is_read(plan, rows.data):
+        yield (
+            f"`dam.batch_size` is {settings.batch_size}, but no source has more than {most} rows "
+            f"to train on, so each step computes some of them again: {most} is enough"
+        )
 
 
 def preview(source: str, data: SourceData, tokenizer: PreTrainedTokenizerBase) -> str:

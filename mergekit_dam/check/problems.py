@@ -20,7 +20,7 @@ from mergekit_dam.check.parameters import (
     parameter_problems,
     range_problems,
 )
-from mergekit_dam.check.preview import Rows, read_rows
+from mergekit_dam.check.preview import Rows, read_rows, repeated_rows
 from mergekit_dam.check.tokens import token_problems
 from mergekit_dam.compatible import require_one_config
 from mergekit_dam.config import Recipe, Settings
@@ -161,6 +161,7 @@ def _foreseen(
             return [], None
         chosen = choose_device(device)
         choose_threads(plan.model_config, chosen, plan.options.num_threads)
+        _warn_of(repeated_rows(recipe.settings, plan, rows))
         outline = Outline(plan, shapes, skeleton, chosen, rows.data)
         return [], Outlook(estimate(outline, recipe.settings), tuple(rows.previews))
     except DamError as error:

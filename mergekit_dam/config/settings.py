@@ -146,6 +146,7 @@ class Settings(Block):
     batch_size: int = Field(
         2,
         ge=1,
+        le=2**16,
         description="rows of each source in a step, on each device; at equal tokens many steps of "
         "few rows come further than few steps of many",
     )

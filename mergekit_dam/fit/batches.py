@@ -99,13 +99,12 @@ def groups(lengths: Sequence[int]) -> list[list[int]]:
     """Rows that go through the model together: few groups, each with little padding. Longest rows
     first."""
     result: list[list[int]] = []
+    longest = total = 0  # tokens of the last group's first row, and of all its rows
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if result and _padding([lengths[r] for r in (*result[-1], row)]) <= PADDING:
+        total += lengths[row]
+        if result and 1 - total / (longest * (len(result[-1]) + 1)) <= PADDING:
             result[-1].append(row)
         else:
             result.append([row])
+            longest = total = lengths[row]
     return result
-
-
-def _padding(lengths: Sequence[int]) -> float:
-    return 1 - sum(lengths) / (max(lengths) * len(lengths))

@@ -138,9 +138,13 @@ def discard(folder: Path) -> None:
 
 def rows_of_a_fit(rows: StepRows, settings: Settings, count: int) -> list[list[Row]]:
     """For each source the rows that the steps of so many processes will see, each once."""
-    seen = set(items_of_a_fit(rows.lengths, settings, count))
-    numbers = [sorted({item[source] for item in seen}) for source in range(len(rows.lengths))]
-    return [[rows.row(source, n) for n in own] for source, own in enumerate(numbers)]
+    numbers: list[set[int]] = [set() for _ in rows.lengths]
+    for item in items_of_a_fit(rows.lengths, settings, count):
+        for own, number in zip(numbers, item, strict=True):
+            own.add(number)
+        if list(map(len, numbers)) == list(map(len, rows.lengths)):
+            break  # later epochs have the same rows
+    return [[rows.row(source, n) for n in sorted(own)] for source, own in enumerate(numbers)]
 
 
 def _key(row: Row) -> str:

@@ -8,6 +8,8 @@ from itertools import islice
 from mergekit_dam.config import Settings
 from mergekit_dam.fit.batches import ByLength, groups
 
+FORESEEN = 50_000  # items of a fit, or those of one pass, that are gone through: a quarter second
+
 
 @dataclass(frozen=True)
 class Group:
@@ -45,29 +47,32 @@ class Workload:
 def workload(
     lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1, *, alone: int = 0
 ) -> Workload:
-    """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too."""
-    items = items_of_a_fit(lengths, settings, processes)
+    """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too. A long
+    fit goes on as its first `FORESEEN` items do."""
+    some = max(1, FORESEEN // settings.batch_size) * settings.batch_size
+    items = islice(items_of_a_fit(lengths, settings, processes), some)
     nothing = [Group(0, (0,) * len(lengths))]
     candidates = [nothing, nothing]
-    widest, passes, tokens, most = 0, 0, 0, 1
+    widest, seen, tokens, most = 0, 0, 0, 1
     while own := list(islice(items, settings.batch_size)):
         found = list(_computed(own, lengths))
         candidates = [
             max(c, found, key=k) for c, k in zip(candidates, (_total, _pairs), strict=True)
         ]
         most, widest = max(most, len(found)), max(widest, *_of_sources(found))
-        passes, tokens = passes + 1, tokens + _total(found)
+        seen, tokens = seen + 1, tokens + _total(found)
     if alone > _total(candidates[0]):
         candidates = [[Group(alone, (alone, *nothing[0].tokens[1:]))]]
     if most > 1:
         candidates = [with_an_empty_one(groups) for groups in candidates]
+    passes = passes_of_a_fit(lengths, settings, processes)[1]
     return Workload(
         candidates=tuple(dict.fromkeys(map(tuple, candidates))),
         rows=settings.batch_size * len(lengths),
         alone=alone or candidates[0][0].length,
         widest=max(widest, alone),
-        passes=-(-passes // processes),
-        tokens=tokens // processes,
+        passes=passes,
+        tokens=tokens * passes // max(1, seen),
     )
 
 
@@ -97,15 +102,24 @@ def items_of_a_fit(
     of them."""
     step = settings.batch_size * processes
     order = ByLength(lengths, step, settings.seed)
-    passes = len(order) // step  # of an epoch
-    updates = math.ceil(passes / settings.accumulation)
+    of_an_epoch, passes = passes_of_a_fit(lengths, settings, processes)
+    for epoch in range(math.ceil(passes / of_an_epoch)):
+        order.set_epoch(epoch)
+        left = passes - epoch * of_an_epoch
+        yield from islice(order, min(left, of_an_epoch) * step)
+
+
+def passes_of_a_fit(
+    lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1
+) -> tuple[int, int]:
+    """Of an epoch and of all steps, for each process. An epoch's last step adds up what is left."""
+    of_an_epoch = math.ceil(max(map(len, lengths)) / (settings.batch_size * processes))
+    updates = math.ceil(of_an_epoch / settings.accumulation)
     steps = settings.max_steps
     if steps < 0:
         steps = math.ceil((settings.epochs or 1) * updates)
-    for epoch in range(math.ceil(steps / updates)):
-        order.set_epoch(epoch)
-        left = (steps - epoch * updates) * settings.accumulation
-        yield from islice(order, min(left, passes) * step)
+    epochs, more = divmod(steps, updates)
+    return of_an_epoch, epochs * of_an_epoch + min(more * settings.accumulation, of_an_epoch)
 
 
 def _computed(
