@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+SHORT = 1e-6  # a vector of coefficients without a direction
+
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:  # [tokens, vocabulary]
     logits = logits.float()
@@ -58,7 +60,8 @@ def entropy(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tenso
 def similarity(coefficients: Sequence[Tensor]) -> Tensor:
     """Cosine of c_i and c_j, mean over the pairs of sources, mean over the tensors.
 
-    At a uniform start its gradient is exactly zero: parallel vectors are at the maximum.
+    At a uniform start its gradient is exactly zero: parallel vectors are at the maximum. A zero
+    vector has no direction: its cosines are 0, and so is its gradient.
     """
     alike = defaultdict(list)  # by shape, since one operation serves for all tensors of a shape
     for c in coefficients:
@@ -66,10 +69,17 @@ def similarity(coefficients: Sequence[Tensor]) -> Tensor:
     cosines = []
     for (count, _), members in alike.items():
         if count > 1:
-            unit = F.normalize(torch.stack(members), dim=-1, eps=1e-8)  # [tensors, N, K]
+            unit = _unit(torch.stack(members))  # [tensors, N, K]
             sums = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # over both orders
             cosines.append(sums / (count * (count - 1)))
     return torch.cat(cosines).mean() if cosines else torch.zeros(())
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    """Of length 1, along the last axis, or of none: a division by next to nothing would have a
+    gradient without bounds."""
+    length = vectors.norm(dim=-1, keepdim=True)
+    return vectors / length.where(length > SHORT, torch.inf)
 
 
 def l1(coefficients: Sequence[Tensor]) -> Tensor:

@@ -6,6 +6,8 @@ import pytest
 import tiny
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from mergekit.options import MergeOptions
 
 from mergekit_dam.config import read_recipe
@@ -92,6 +94,24 @@ def test_values_and_gradients_equal_the_loss_of_all_logits(make, name, in_small_
         if name == "opt" and tensor.endswith("k_proj.bias"):  # zero but for roundings
             bound = 1e-6 * most
         assert (gradient / 3 - plain[tensor]).abs().max() <= bound, tensor
+
+
+@given(st.integers(0, 5000), st.integers(1, 300), st.integers(1, 1000))
+def test_slices_have_all_tokens_and_no_more_numbers_than_they_may(tokens, vocabulary, numbers):
+    found = [range(tokens)[part] for part in chunks.slices(tokens, vocabulary, numbers)]
+    assert [token for part in found for token in part] == list(range(tokens))
+    sizes = sorted(map(len, found))
+    assert not sizes or sizes[-1] == 1 or sizes[-1] * vocabulary <= numbers
+    assert len(found) <= 1 or len(found) == -(-tokens // sizes[-1])
+
+
+@pytest.mark.parametrize("outer", [1 / 3, 0.7])
+def test_a_factor_of_the_loss_is_not_rounded_with_its_gradients(outer):
+    """As accumulation has it; in 16 bits a third is 1.002 thirds."""
+    gradient = torch.rand(1000).bfloat16()
+    value, states = torch.tensor(1.0), torch.zeros(1000, dtype=torch.bfloat16, requires_grad=True)
+    (outer * chunks._Known.apply(value, states, gradient.clone())).backward()
+    assert torch.equal(states.grad, (outer * gradient.float()).bfloat16())
 
 
 def test_only_predicted_positions_reach_the_head_a_few_at_a_time(

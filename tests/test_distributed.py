@@ -15,7 +15,9 @@ from commands import run
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import processes
-from mergekit_dam.fit.processes import wait_for
+from mergekit_dam.fit.processes import launch_problems, wait_for
+
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as `accelerate launch` may say
 
 
 def torchrun(*arguments: object) -> str:
@@ -26,7 +28,7 @@ def torchrun(*arguments: object) -> str:
         [*map(str, command), *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **ACCELERATE},
         timeout=240,
     )
     assert result.returncode == 0, result.stderr
@@ -62,6 +64,28 @@ def test_two_processes_fit_what_one_does(recipe, tmp_path, dam):
     curve, other = (file.header.results.history for file in (first, second))
     assert [point.step for point in curve] == [point.step for point in other]
     assert [point.loss for point in curve] == pytest.approx([p.loss for p in other], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("ACCELERATE_USE_FSDP", "true"), ("ACCELERATE_DYNAMO_BACKEND", "inductor")]
+)
+def test_what_accelerate_may_not_do_with_the_model_is_told(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    (told,) = launch_problems()
+    assert told.startswith(f"`accelerate launch` is set up with {name}={value}, but")
+    monkeypatch.setenv(name, {"true": "False"}.get(value, "NO"))
+    assert not list(launch_problems())
+
+
+def test_accelerate_launches_it(recipe, tmp_path):
+    """In whatever precision it is set up for: the fit's is `dam.compute_dtype`."""
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    path, files = recipe(models), [tmp_path / name for name in ("plain", "launched")]
+    run("mergekit-dam", "fit", path, "--out", files[0], "--device", "cpu", "--quiet")
+    launch = ["accelerate", "launch", "--cpu", "--mixed_precision", "bf16"]
+    arguments = ["fit", path, "--out", files[1], "--device", "cpu"]
+    run(*launch, "-m", "mergekit_dam", *arguments, OMP_NUM_THREADS="1")
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_chain_waits_for_its_merges_and_rows(tmp_path):

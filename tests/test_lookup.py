@@ -161,9 +161,9 @@ def test_so_is_a_teachers_table_where_it_would_be_copied(make, keys):
     merged, ids = make("llama", dam=keys), tiny.tokens()
     embedding = merged.model.model.embed_tokens
     with merged.speaking_as(1), torch.no_grad():
-        (table,) = embedding.weights(whole=False).values()
+        (table,) = embedding.weights(1, whole=False).values()
         assert isinstance(table, Lookup) == bool(keys)
-        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weights()["weight"]))
+        assert torch.equal(embedding(ids), F.embedding(ids, embedding.weights(1)["weight"]))
 
 
 def lookup(asked: list, table: torch.Tensor = TABLE, *, alone: bool = True) -> Lookup:

@@ -208,12 +208,18 @@ def test_similarity_does_not_mind_the_scale() -> None:
     torch.testing.assert_close(scaled, losses.similarity(cs))
 
 
-def test_similarity_of_a_source_at_zero_is_finite() -> None:
-    c = torch.tensor([[0.0, 0.0], [1.0, 2.0]], requires_grad=True)
+@pytest.mark.parametrize("size", [0.0, 1e-9])
+def test_similarity_of_a_source_at_zero_moves_nothing(size) -> None:
+    """It has no direction. Divided by next to nothing, its gradient would drown all others."""
+    c = torch.tensor([[size, size], [1.0, 2.0], [-1.0, 1.0]], requires_grad=True)
     value = losses.similarity([c])
     value.backward()
-    assert value.item() == 0
-    assert torch.isfinite(c.grad).all()
+    others = c.detach()[1:].requires_grad_()
+    alone = losses.similarity([others]) / 3  # one of three pairs
+    alone.backward()
+    torch.testing.assert_close(value, alone)
+    assert not c.grad[0].any()
+    torch.testing.assert_close(c.grad[1:], others.grad)
 
 
 def test_l1_is_the_sum_of_magnitudes() -> None:

@@ -177,6 +177,9 @@ def test_settings_without_an_effect(recipe, models) -> None:
         "`dam.objective.temperature` has no effect without one of `kl`, `reverse_kl`",
     ):
         assert told.stderr.count(f"Warning: {sentence}") == 1
+    halves = {"compute_dtype": "float16"}
+    told = run("mergekit-dam", "check", recipe(models[:2], dam=halves)).stderr
+    assert "Warning: `dam.compute_dtype: float16` loses small gradients" in told
     paper = {"preset": "paper", "steps": None, "objective": {"kl": 1}}
     assert "no effect" not in run("mergekit-dam", "check", recipe(models[:2], dam=paper)).stderr
 

@@ -117,7 +117,7 @@ def test_each_kind_can_be_left_out_of_training(recipe, tmp_path, kind):
     }
     assert {k: telling[k] in left_out for k in telling} == {k: k == kind for k in telling}
     # No gradient of a weight is computed in vain.
-    made = [fit.merged._make(block.names()) for block in fit.merged._blocks]
+    made = [fit.merged._views.merged(block.names()) for block in fit.merged._blocks]
     wanted = {name for own in made for name, weight in own.items() if weight.requires_grad}
     assert wanted == set(fit.merged.trained_coefficients())
 
@@ -133,7 +133,7 @@ def test_weights_are_rounded_as_the_merge_writes_them(recipe, llamas, dtype):
     fit = prepared(recipe, llamas, dtype=dtype)
     set_random(fit)
     for name in fit.merged.coefficients():
-        made = fit.merged._make([name])[name]
+        made = fit.merged._views.merged([name])[name]
         assert made.dtype == torch.float32  # computed in float32 on the CPU
         assert torch.equal(made, made.to(getattr(torch, dtype)).float())
     fit.merged(tiny.tokens()).sum().backward()

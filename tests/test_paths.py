@@ -16,6 +16,7 @@ from mergekit_dam.fit.batches import batch, groups
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.model import Block, MergedModel
+from mergekit_dam.model.paths import Path, arrive, begun
 
 LENGTHS = (12, 12, 7, 3)
 ROWS = [Row([(7 * row + place) % 40 + 4 for place in range(n)]) for row, n in enumerate(LENGTHS)]
@@ -137,3 +138,39 @@ def test_what_fails_in_one_of_them_is_raised_and_ends_all(make, monkeypatch, whe
     merged.zero_grad()
     step(merged)
     assert all(map(torch.equal, gradients, (c.grad for c in merged.parameters())))
+
+
+@pytest.mark.parametrize("is_wanted", [True, False])
+def test_one_that_is_stopped_where_a_model_wants_no_gradients(is_wanted):
+    """What the model's own context restores when it ends is not what was there for its caller."""
+
+    def model(ids):
+        with torch.no_grad():
+            return arrive(None, (ids,), {})
+
+    path = Path(model, torch.zeros(1, 2), "merge", has_gradients=not is_wanted)
+    with torch.set_grad_enabled(is_wanted):
+        with pytest.raises(ArithmeticError), begun([path]):
+            raise ArithmeticError
+        assert torch.is_grad_enabled() == is_wanted
+
+
+def test_weights_are_looked_through_with_one_copy_of_each(make, monkeypatch):
+    merged, copied = make(offload="cpu"), Counter()
+    store = merged._weights._store
+    copy = store._copy
+    monkeypatch.setattr(store, "_copy", lambda wanted: copied.update([wanted]) or copy(wanted))
+    assert merged.not_finite() is None
+    assert set(copied.values()) == {1}
+
+
+@pytest.mark.parametrize("recompute", ["block", "weights", "none"])
+def test_gradients_are_the_merges_whoever_speaks_when_they_are_computed(make, recompute):
+    merged = make(recompute=recompute)
+    step(merged)
+    expected = [c.grad.clone() for c in merged.parameters()]
+    merged.zero_grad()
+    loss = Distillation(merged, Objective())(**STEP)["loss"]
+    with merged.speaking_as(0):
+        loss.backward()
+    assert all(map(torch.equal, expected, (c.grad for c in merged.parameters())))

@@ -33,8 +33,8 @@ def parameter_problems(merge: MergeConfiguration, settings: Settings) -> Iterato
         yield "`lambda` has no effect on `dam.formula: weights`: remove it, or use task_vectors"
 
 
-def idle_settings(settings: Settings, start: str) -> Iterator[str]:
-    """What a `dam:` block sets for nothing, of a fit that begins at `start`."""
+def doubtful_settings(settings: Settings, start: str) -> Iterator[str]:
+    """What a `dam:` block sets for nothing, or to its harm, of a fit that begins at `start`."""
     preset = PRESETS.get(settings.preset or "", {})
     given = settings.model_fields_set - preset.keys()
     terms = settings.objective.model_fields_set - preset.get("objective", {}).keys()
@@ -45,6 +45,11 @@ def idle_settings(settings: Settings, start: str) -> Iterator[str]:
     if "temperature" in terms and not any(getattr(settings.objective, n) for n in WITH_TEMPERATURE):
         terms = ", ".join(f"`{name}`" for name in WITH_TEMPERATURE)
         yield f"`dam.objective.temperature` has no effect without one of {terms}"
+    if settings.compute_dtype == "float16" and settings.max_steps:
+        yield (
+            "`dam.compute_dtype: float16` loses small gradients, since losses are not scaled: "
+            "`bfloat16` keeps them"
+        )
 
 
 def _parameters(merge: MergeConfiguration) -> Iterator[dict | None]:

@@ -14,8 +14,8 @@ from mergekit_dam.check.estimate import Estimate, estimate, misfits
 from mergekit_dam.check.files import path_problems
 from mergekit_dam.check.fitted import file_problems
 from mergekit_dam.check.parameters import (
+    doubtful_settings,
     filters_without_a_tensor,
-    idle_settings,
     number_problems,
     parameter_problems,
     range_problems,
@@ -30,6 +30,7 @@ from mergekit_dam.data import benchmark_warning, is_missing
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.forecast import Outline, merged_skeleton
+from mergekit_dam.fit.processes import launch_problems
 from mergekit_dam.fit.start import choose_start, prepare_as, start_problems, starting_weights
 from mergekit_dam.fit.trainer import integration_problems
 from mergekit_dam.formula import Formula
@@ -132,7 +133,7 @@ def _plan_problems(
         yield from _collect(_start_problems(recipe.settings, plan))
     _warn_of(filters_without_a_tensor(recipe.merge, list(plan.tensors)))
     if will_fit and recipe.settings is not None:
-        _warn_of(idle_settings(recipe.settings, choose_start(recipe.settings, plan)))
+        _warn_of(doubtful_settings(recipe.settings, choose_start(recipe.settings, plan)))
 
 
 def _file_problems(
@@ -229,6 +230,7 @@ def _is_under(path: str, folder: str) -> bool:
 def fit_problems(recipe: Recipe, device: str) -> Iterator[str]:
     settings = recipe.settings
     yield from _refusal(choose_device, device)
+    yield from launch_problems()
     if settings is None:
         if not recipe.problems:
             yield (

@@ -35,8 +35,8 @@ class Section:
 
 def slices(tokens: int, vocabulary: int, numbers: int | None = None) -> Iterator[slice]:
     """Chunks of tokens, about equal in length, of so many numbers at most."""
-    count = max(1, -(-tokens * vocabulary // (numbers or CHUNK)))
-    size = -(-tokens // count)
+    most = max(1, (numbers or CHUNK) // vocabulary)
+    size = -(-tokens // max(1, -(-tokens // most)))
     for start in range(0, tokens, size or 1):
         yield slice(start, min(start + size, tokens))
 
@@ -146,6 +146,6 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer):
-        results = [part for g in ctx.gradients for part in (g.mul_(outer.to(g.dtype)), None)]
+        results = [part for g in ctx.gradients for part in (g.mul_(outer), None)]
         ctx.gradients = None  # used once; their memory goes with them
         return None, *results

@@ -3,13 +3,20 @@
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger(__name__)
 PATIENCE = 60  # seconds without a word
 LIMIT = 24 * 3600  # what a merge or the writing of rows takes at most
+# What `accelerate config` may have chosen, and its values that leave a model as it is.
+WRAPPERS = {
+    "ACCELERATE_USE_FSDP": "false",
+    "ACCELERATE_USE_DEEPSPEED": "false",
+    "ACCELERATE_USE_MEGATRON_LM": "false",
+    "ACCELERATE_DYNAMO_BACKEND": "no",
+}
 
 
 def rank() -> int:
@@ -27,6 +34,16 @@ def on_this_machine() -> int:
 def is_main() -> bool:
     """Only one process writes the coefficient file and prints the table."""
     return rank() == 0
+
+
+def launch_problems() -> Iterator[str]:
+    """What `accelerate launch` is to do with the model that a fit cannot have."""
+    for name, plain in WRAPPERS.items():
+        if (value := os.environ.get(name, plain)).lower() not in (plain, "0", ""):
+            yield (
+                f"`accelerate launch` is set up with {name}={value}, but a fit's processes share "
+                "rows and nothing else: leave that out, or launch with torchrun"
+            )
 
 
 def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:

@@ -209,6 +209,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=device != "cpu",
     )
+    arguments.mixed_precision = "no"  # whatever `accelerate launch` says: see `compute_dtype`
     arguments._n_gpu = min(arguments.n_gpu, 1)  # several GPUs by torchrun, not by DataParallel
     return arguments
 

@@ -105,12 +105,13 @@ def least_squares(
     head = merged.model.get_output_embeddings()
     with torch.no_grad(), merged.abreast(walk.paths()):
         while (arrival := walk.pairs[0].merge.arrival) is not None:
-            sources = [merged.block_weights(arrival.block, s) for s in range(len(rows))]
+            sources = [arrival.block.weights(s) for s in range(len(rows))]
             walk.solve(arrival.block, sources)
             report(walk.solved)
             if arrival.block is head:
                 return
             walk.go_on(arrival.block, sources)
+            del sources  # before those of the next block come
 
 
 class _Walk:
@@ -124,7 +125,7 @@ class _Walk:
 
     def go_on(self, block: Block, sources: Sequence[BlockWeights]) -> None:
         """Run a block for every path, and let it go on to the next."""
-        own = self._merged.block_weights(block, "merge")
+        own = block.weights("merge")
         for pair in self.pairs:
             for path, weights in ((pair.merge, own), (pair.source, sources[pair.number])):
                 arrival = path.arrival
@@ -140,9 +141,9 @@ class _Walk:
         if not found:
             return
         few = min(self.pairs, key=lambda pair: pair.real.numel()).merge.arrival
-        groups = list(in_order(block, self._merged.block_weights(block, "merge"), found, few))
+        groups = list(in_order(block, block.weights("merge"), found, few))
         for members, following in zip(groups, [*groups[1:], None], strict=True):
-            own = self._merged.block_weights(block, "merge")
+            own = block.weights("merge")
             point = following[0] if following else None
             adds = len(members) == 1 and adds_to(block, own, members[0], point, few)
             self._solve(Group(block, members, point, adds), own, sources)

@@ -9,8 +9,8 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.model.assembly import Assembly
 from mergekit_dam.model.skeleton import Skeleton
 
-# Output tensors, and those of them of which rows are looked up -> their weights.
-Make = Callable[[Sequence[str], Collection[str]], Mapping[str, Tensor]]
+# A view (see `views.View`), output tensors, and those of which rows are looked up -> their weights.
+Make = Callable[[Any, Sequence[str], Collection[str]], Mapping[str, Tensor]]
 Call = Callable[["Block", tuple, dict], Any]  # runs a block with the arguments that it was given
 
 
@@ -62,11 +62,9 @@ class Block(nn.Module):
         return self._call(self, args, kwargs)
 
     def run_each(
-        self, calls: Sequence[tuple[tuple, dict]], weights: Mapping[str, Tensor] | None = None
+        self, calls: Sequence[tuple[tuple, dict]], weights: Mapping[str, Tensor]
     ) -> list[Any]:
-        """The block for several calls, by default with its present weights, made here once and not
-        kept."""
-        weights = self.weights(whole=False) if weights is None else weights
+        """The block with these weights for several calls."""
         return [self.run_with(weights, *args, **kwargs) for args, kwargs in calls]
 
     def run_with(self, weights: Mapping[str, Tensor], *args, **kwargs):
@@ -86,13 +84,13 @@ class Block(nn.Module):
             before[name], owner[leaf] = owner[leaf], tensor
         return before
 
-    def weights(self, *, whole: bool = True) -> dict[str, Tensor]:
-        """The block's parameters and buffers, by their names in it; unless they are to be whole,
-        tables may be such that only those rows are made that are looked up."""
-        direct = self._make(list(self.tensors.values()), () if whole else self._tables)
+    def weights(self, view: Any, *, whole: bool = True) -> dict[str, Tensor]:
+        """The block's parameters and buffers as a view has them, by their names in it; unless they
+        are to be whole, tables may be such that only those rows are made that are looked up."""
+        direct = self._make(view, list(self.tensors.values()), () if whole else self._tables)
         weights = {local: direct[name] for local, name in self.tensors.items()}
         for assembly in self._assemblies:
-            made = assembly(self._make(assembly.names, ()))
+            made = assembly(self._make(view, assembly.names, ()))
             weights |= {name.removeprefix(f"{self.path}."): w for name, w in made.items()}
         return weights
 

@@ -7,7 +7,7 @@ at a time. A teacher is the same skeleton with one source's own tensors in place
 ones; it costs no extra weights.
 """
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -45,11 +45,11 @@ class MergedModel(nn.Module):
         self._weights, self._dtype = weights, dtype
         self._teachers = dict(teachers or {})
         self._views = Views(weights, lambda name: getattr(self, self._names[name]), dtype)
-        self._view: View = "merge"  # whose weights the blocks get
+        self._view: View = "merge"  # of a pass that does not say whose weights it sees
         self._intercept: Call | None = None
         self.recompute: Recompute = "block"
         # In a tuple, so that the skeleton is no submodule: its parameters are none of ours.
-        self._skeleton = (with_made_weights(skeleton, self._make, self._call),)
+        self._skeleton = (with_made_weights(skeleton, self._views.weights, self._call),)
         self._split, self._mixer = Split(self.model), Mixer()
         self._blocks = tuple(m for m in self.model.modules() if isinstance(m, Block))
         weights.group(block.names() for block in self._blocks)
@@ -148,7 +148,7 @@ class MergedModel(nn.Module):
             for ids, view in passes
         ]
         with self.abreast(paths):
-            drive(paths, self._run)
+            drive(paths, self._outputs)
         return [path.result for path in paths]
 
     def _learn_split(self, view: View) -> None:
@@ -157,20 +157,15 @@ class MergedModel(nn.Module):
             with torch.no_grad():
                 self.states(torch.zeros(2, 3, dtype=torch.long, device=self.device), view)
 
-    def _run(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
+    def _outputs(self, block: Block, calls: Sequence[tuple[tuple, dict]], view: View) -> list[Any]:
         """A block's outputs for several calls, its weights made once."""
-        with self._seen_as(view):
-            return self._outputs(block, calls)
-
-    def _outputs(self, block: Block, calls: Sequence[tuple[tuple, dict]]) -> list[Any]:
-        """As the present view has them."""
-        with torch.set_grad_enabled(_has_gradients(self._view)):
+        with torch.set_grad_enabled(_has_gradients(view)):
             if torch.is_grad_enabled():
                 return run(block, calls, self.recompute)
-            if isinstance(self._view, Mixture):
-                weights = {n: self.block_weights(block, n) for n in self._view.counts}
-                return self._mixer.run_each(block, weights, self._view, calls)
-            return block.run_each(calls)
+            if isinstance(view, Mixture):
+                weights = {source: block.weights(source) for source in view.counts}
+                return self._mixer.run_each(block, weights, view, calls)
+            return block.run_each(calls, block.weights(view, whole=False))
 
     def mixes(self) -> bool:
         """Whether rows of several sources go through it in one pass, whose view is a `Mixture`;
@@ -188,9 +183,8 @@ class MergedModel(nn.Module):
     def head(self, view: View | None = None) -> Head:
         """The head of a view, its weights made once."""
         model, view = self.speaker(view)
-        with model._seen_as(view):
-            inside = [block for block in model._blocks if model._split.in_head(block)]
-            made = {block.path: block.weights() for block in inside}
+        inside = [block for block in model._blocks if model._split.in_head(block)]
+        made = {block.path: block.weights(view) for block in inside}
         return Head(model._split, made, model.intercepted)
 
     def has_head(self, source: int) -> bool:
@@ -225,20 +219,14 @@ class MergedModel(nn.Module):
         with self.intercepted(arrive), begun(paths):
             yield
 
-    def block_weights(self, block: Block, view: View) -> dict[str, Tensor]:
-        """The weights of one block as a source (its number), the merge or the average has them."""
-        with self._seen_as(view):
-            return block.weights()
-
     @torch.no_grad()
     def all_weights(self, view: View) -> dict[str, Tensor]:
         """Output tensor -> its weight as a view of this model has it, which is a view in its turn:
         made once, and not for each pass anew."""
-        with self._seen_as(view):
-            made: dict[str, Tensor] = {}
-            for block in self._blocks:
-                made |= self._make([name for name in block.names() if name not in made])
-            return made
+        made: dict[str, Tensor] = {}
+        for block in self._blocks:
+            made |= self._views.weights(view, [n for n in block.names() if n not in made])
+        return made
 
     def trained_blocks(self) -> list[Block]:
         """The blocks that have trained tensors of their own."""
@@ -252,7 +240,7 @@ class MergedModel(nn.Module):
     def _call(self, block: Block, args: tuple, kwargs: dict):
         if self._intercept is not None:
             return self._intercept(block, args, kwargs)
-        return self._outputs(block, [(args, kwargs)])[0]
+        return self._outputs(block, [(args, kwargs)], self._view)[0]
 
     @contextmanager
     def _seen_as(self, view: View):
@@ -261,10 +249,6 @@ class MergedModel(nn.Module):
             yield
         finally:
             self._view = before
-
-    def _make(self, names: Sequence[str], tables: Collection[str] = ()) -> Mapping[str, Tensor]:
-        """As the present view has them."""
-        return self._views.weights(self._view, names, tables)
 
 
 def _has_gradients(view: View) -> bool:

@@ -55,7 +55,8 @@ class Path:
 
     def stop(self) -> None:
         while self._pass:  # has begun and not ended
-            self._pass.throw()
+            with torch.set_grad_enabled(self._has_gradients):
+                self._pass.throw()
 
     def _run(self, value: Any) -> None:
         # Whether gradients are wanted is kept for a thread, of which all passes are part; a model

@@ -22,19 +22,24 @@ from mergekit_dam.model.live import storage_of, tensors
 from mergekit_dam.model.lookup import Lookup
 
 Recompute = Literal["block", "weights", "none"]
+VIEW = "merge"  # the one that has gradients
 CONTAINERS = (UserDict, dict, list)
 
 
 def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute) -> list[Any]:
     """A block's outputs for several calls, with gradients."""
     if recompute == "none":
-        return block.run_each(calls)
+        return block.run_each(calls, _weights(block))
     if recompute == "block":
         with _without_activations(block, calls):
-            return block.run_each(calls)
-    weights = block.weights(whole=False)
+            return block.run_each(calls, _weights(block))
+    weights = _weights(block)
     with _without_weights(block, weights):
         return block.run_each(calls, weights)
+
+
+def _weights(block: Block) -> dict[str, Tensor]:
+    return block.weights(VIEW, whole=False)
 
 
 def _without_activations(block: Block, calls: Sequence[tuple[tuple, dict]]) -> saved_tensors_hooks:
@@ -85,7 +90,8 @@ class _Activations:
         self._made, self._seen = {}, 0
         hooks = saved_tensors_hooks(self._keep, lambda nothing: nothing)
         with contextlib.suppress(_Enough), torch.enable_grad(), hooks:
-            self._block.run_each(_with_own_containers(self._calls))  # what this run writes goes
+            calls = _with_own_containers(self._calls)  # what this run writes goes
+            self._block.run_each(calls, _weights(self._block))
         self._require(self._seen == len(self._places))
 
     def _keep(self, saved: Tensor) -> None:
@@ -163,7 +169,7 @@ class _Again:
             _Again._let_go()
             torch.autograd.Variable._execution_engine.queue_callback(_Again._let_go)
             with torch.no_grad():
-                self._weights = self._block.weights(whole=False)
+                self._weights = _weights(self._block)
             _Again._last = self
         return self._weights
 

@@ -190,9 +190,9 @@ class SourceWeights:
 
     def not_finite(self) -> tuple[int, str] | None:
         """(source, output tensor) of the first weight that is NaN or infinite."""
-        for name, stack in self._stacks.items():
-            for row in stack.rows:
-                if not torch.isfinite(stack.source(row)).all():
+        for row in range(len(self._plan.sources)):  # a block's tensors of one source come together
+            for name, stack in self._stacks.items():
+                if row in stack.rows and not torch.isfinite(stack.source(row)).all():
                     return row, name
         return None
 
