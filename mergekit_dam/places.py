@@ -1,6 +1,7 @@
 """Where files can be written, and how they are replaced."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,10 +21,20 @@ def whole(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def free_disk(path: Path) -> int:
+    """Bytes that are free where a file or folder is, or is to be."""
+    return shutil.disk_usage(_there(path)).free
+
+
+def _there(path: Path) -> Path:
+    """It, or the nearest of its parents that exists."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
 def hindrance(path: Path) -> str:
     """Why a file or folder cannot be made at a path, of which parts may be missing; nothing where
     it can."""
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    folder = _there(path.absolute().parent)
     if not folder.is_dir():
         return f"{folder} is a file"
     return "" if os.access(folder, os.W_OK) else f"{folder} is read-only"

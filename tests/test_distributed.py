@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 
+import psutil
 import pytest
 import tiny
 import torch
@@ -120,9 +121,29 @@ def test_who_waits_says_so_and_ends(tmp_path, monkeypatch):
     assert told == ["Process 0 waits for nothing, which the main process makes."]
 
 
-def test_who_waits_ends_with_what_has_launched_it(monkeypatch):
-    launchers = iter([4, 4, 1, 1])
-    monkeypatch.setattr(os, "getppid", lambda: next(launchers))
-    with pytest.raises(DamError, match="what launched the processes has ended"):
-        wait_for("nothing", lambda: False, pause=0.01)
-    wait_for("something", lambda: True)
+WAITING = """
+import time
+from mergekit_dam.fit import processes
+processes.end_with_launcher()
+print("waits", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_one_of_several_ends_with_what_has_launched_it(count):
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", launcher, WAITING],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout.readline() == "waits\n"
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    gone, _ = psutil.wait_procs([child], timeout=20 if count > 1 else 3)
+    assert bool(gone) == (count > 1)
+    child.kill() if not gone else None
+    assert ("What launched this process has ended" in process.stderr.read()) == (count > 1)

@@ -23,6 +23,7 @@ from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row
+from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit, stage
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.calibration import _go_as_far_as_helps
@@ -30,7 +31,7 @@ from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.resume import PROGRESS
+from mergekit_dam.fit.resume import PROGRESS, alone, folder_of
 from mergekit_dam.fit.trainer import last_checkpoint
 
 QUIET = MergeOptions(quiet=True)
@@ -433,6 +434,15 @@ def test_places_that_cannot_be_written(recipe, models, tmp_path):
         "mergekit-dam", "fit", config, "--out", config / "dam.safetensors"
     )
     assert "is a folder" in refusal("mergekit-dam", "fit", config, "--out", tmp_path)
+
+
+def test_two_fits_do_not_write_one_file(recipe, models, tmp_path):
+    path, out = str(recipe(models)), tmp_path / "new" / "dam.safetensors"
+    with alone(folder_of(out)), pytest.raises(DamError, match=f"Another fit is writing {out} now"):
+        fit(read_recipe(path), str(out), QUIET, device="cpu")
+    assert not list(out.parent.iterdir())
+    fit(read_recipe(path), str(out), QUIET, device="cpu")
+    assert list(out.parent.iterdir()) == [out]
 
 
 def test_a_finished_fit_is_not_taken_for_another(recipe, models, tmp_path):

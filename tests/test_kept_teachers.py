@@ -9,7 +9,7 @@ import torch
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
-from mergekit_dam.check import check
+from mergekit_dam.check import check, estimate
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
@@ -167,6 +167,52 @@ def test_each_of_several_processes_keeps_its_share(path, tmp_path, monkeypatch):
     assert {file.name for file in written[0] | written[1]} == {
         file.name for file in own._files.values()
     }
+
+
+def test_what_another_fit_has_left_makes_room(path, tmp_path):
+    prepared = prepare(read_recipe(path), QUIET, device="cpu")
+    rows = [source.train for source in prepared.data]
+    for fingerprint in ("earlier", "now"):
+        kept = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", fingerprint)
+        kept.keep(rows)
+    assert set((tmp_path / "kept").iterdir()) == set(kept._files.values())
+
+
+def test_a_disk_that_is_too_small_is_told_before_a_teacher_runs(path, tmp_path, monkeypatch):
+    prepared = prepare(read_recipe(path), QUIET, device="cpu")
+    rows = [source.train for source in prepared.data]
+    merged = prepared.merged
+    needed = teachers.bytes_of(rows, 16, merged.dtype)
+    kept = teachers.KeptTeachers(merged, tmp_path / "kept", "")
+    with monkeypatch.context() as patch:
+        patch.setattr(teachers, "free_disk", lambda folder: needed - 1)
+        patch.setattr(teachers.KeptTeachers, "_write", None)
+        with pytest.raises(DamError, match=r"need .* are free: make room, or set `dam.teacher"):
+            kept.keep(rows)
+    monkeypatch.setattr(teachers, "free_disk", lambda folder: needed)
+    kept.keep(rows)
+    monkeypatch.setattr(teachers, "free_disk", lambda folder: 0)
+    kept.keep(rows)  # all is there
+
+
+def test_check_tells_of_a_disk_that_is_too_small(path, monkeypatch):
+    options = {"coefficients": "none", "will_fit": True, "will_merge": False, "device": "cpu"}
+    told = str(check(read_recipe(path), QUIET, **options, in_full=True))
+    assert "of disk" not in told
+    monkeypatch.setattr(estimate, "free_disk", lambda path: 1000)
+    told = str(check(read_recipe(path), QUIET, **options, in_full=True))
+    assert "of disk beside the coefficient file, and 1 KB are free: make room, or set `dam" in told
+
+
+def test_a_file_in_the_folders_place(path, tmp_path):
+    recipe = read_recipe(path)
+    states = Path(f"{recipe.coefficients}.teachers")
+    states.touch()
+    options = {"coefficients": recipe.coefficients, "will_fit": True, "will_merge": False}
+    with pytest.raises(DamError, match=r"\.teachers is a file, where .*: move it away"):
+        check(recipe, QUIET, **options, device="cpu")
+    with pytest.raises(DamError, match=r"cannot be kept in .*\.teachers .*File exists"):
+        fit(recipe, recipe.coefficients, QUIET, device="cpu")
 
 
 def test_foreign_files_in_the_folder_stay(path, tmp_path):

@@ -9,11 +9,12 @@ import pytest
 import tiny
 import transformers
 from mergekit.options import MergeOptions
+from transformers import trainer
 
 from mergekit_dam.check import check
 from mergekit_dam.config import read_recipe
 from mergekit_dam.data import Row, SourceData
-from mergekit_dam.fit import chunks, fit, stage
+from mergekit_dam.fit import chunks, fit
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.forecast import held, merged_skeleton
@@ -478,21 +479,34 @@ def test_what_the_sources_take_is_foreseen(recipe, tmp_path, name, keys):
     assert shapes.dtypes() == {found.merged.stack(n).dtype for n in found.merged.coefficients()}
 
 
-@pytest.mark.parametrize("train", [{}, {"linear": False}])
-@pytest.mark.parametrize("basis", ["differences", "coefficients"])
-def test_what_checkpoints_take_is_foreseen(recipe, tmp_path, train, basis):
-    """Coefficients that are not trained are in them, too."""
-    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 768})
+@pytest.mark.parametrize(
+    "dam",
+    [
+        {"basis": "coefficients", "steps": 2},
+        {"train": {"linear": False}, "start": "average", "steps": 5},
+        {"start": "least_squares", "calibration": 2, "evaluate_every": 2, "steps": 4},
+    ],
+    ids=str,
+)
+def test_what_checkpoints_take_is_foreseen(recipe, tmp_path, monkeypatch, dam):
+    """At most at once. Coefficients that are not trained are in them, too."""
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 768, "num_hidden_layers": 1})
     models = tiny.save_models(tmp_path, config, SOURCES)
-    dam = {"train": train, "basis": basis, "start": "average", "steps": 2, "checkpoint_every": 1}
+    dam = {"start": "average", "checkpoint_every": 1, **dam}
     loaded = read_recipe(str(recipe(models, dam=dam)))
     found = check(
         loaded, QUIET, coefficients=loaded.coefficients, will_fit=True, will_merge=False,
         device="cpu", in_full=True,
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stage, "discard", lambda folder: None)
-        fit(loaded, loaded.coefficients, QUIET, device="cpu")
-    files = (f for name in ("model.safetensors", "optimizer.pt") for f in tmp_path.rglob(name))
-    taken = sum(f.stat().st_size for f in files if f.parent.name.startswith("checkpoint-"))
-    assert taken / 1.1 < found.estimate.checkpoints < taken  # each tensor has a name, too
+    taken, rotate = [], trainer.rotate_checkpoints
+
+    def rotated(*args, **kwargs):
+        files = tmp_path.glob("dam.safetensors.fit/**/*")
+        own = [f for f in files if f.suffix in (".safetensors", ".pt")]
+        taken.append(sum(f.stat().st_size for f in own))
+        rotate(*args, **kwargs)
+
+    monkeypatch.setattr(trainer, "rotate_checkpoints", rotated)
+    fit(loaded, loaded.coefficients, QUIET, device="cpu")
+    assert len(taken) == dam["steps"]
+    assert max(taken) / 1.15 < found.estimate.checkpoints < max(taken)  # each tensor has a name

@@ -1,21 +1,24 @@
 """What a fit will need, from the plan and the headers alone."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from mergekit_dam.check.parameters import is_idle
 from mergekit_dam.check.speed import duration, measure_speed
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import Outline, is_read
+from mergekit_dam.fit.forecast import Forecast, Outline, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.start import choose_start, trained_tensors
-from mergekit_dam.fit.teachers import rows_of_a_fit
+from mergekit_dam.fit.teachers import bytes_of, rows_of_a_fit
 from mergekit_dam.fit.trainer import KEPT
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.model import Recompute, Skeleton
+from mergekit_dam.places import free_disk
 from mergekit_dam.plan import Plan
 
 
@@ -39,6 +42,7 @@ class Estimate:
     file: int
     checkpoints: int
     states: int  # of the sources on their rows, where they are kept
+    free_disk: int
     place: Place
     lack: str | None  # of what is here
 
@@ -62,18 +66,30 @@ class Estimate:
             str(self.place),
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
             f"{states}",
+            self._lacking_disk,
             self.lack,
         ]
         return "\n".join(filter(None, lines))
 
+    @property
+    def _lacking_disk(self) -> str:
+        needed = self.file + self.checkpoints + self.states
+        if needed <= self.free_disk:
+            return ""
+        live = ", or set `dam.teacher: live`" if self.states else ""
+        return (
+            f"The fit needs about {size(needed)} of disk beside the coefficient file, and "
+            f"{size(self.free_disk)} are free: make room{live}."
+        )
 
-def estimate(outline: Outline, settings: Settings) -> Estimate:
+
+def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
+    """Of a fit that writes the file `out`."""
     plan, skeleton, found = outline.plan, outline.skeleton, outline.foresee(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
     speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, outline.device)
     sees_all = settings.teacher == "cached" and is_read(plan, outline.data)
     rows = rows_of_a_fit(StepRows(outline.data), settings, 1) if sees_all else []
-    states = sum(row.counted for own in rows for row in own) * width * dtype.itemsize
     has_steps = settings.max_steps != 0
     coefficients = sum(found.numbers.values())
     return Estimate(
@@ -91,12 +107,27 @@ def estimate(outline: Outline, settings: Settings) -> Estimate:
         seconds=speed.seconds(1, found.needs.tokens),
         fit_seconds=speed.seconds(found.work.passes, found.work.tokens),
         file=4 * coefficients,
-        # All coefficients, and of those that are trained two moments: two thirds of an optimiser.
-        checkpoints=KEPT * (4 * coefficients + 2 * found.needs.optimizer // 3) * has_steps,
-        states=states * has_steps,
+        checkpoints=_checkpoints(settings, plan, found, 4 * coefficients),
+        states=bytes_of(rows, width, dtype) * has_steps,
+        free_disk=free_disk(Path(out)),
         place=found.place,
         lack=lack(found.place, settings, outline.place),
     )
+
+
+def _checkpoints(settings: Settings, plan: Plan, found: Forecast, coefficients: int) -> int:
+    """Bytes at most at once: the oldest goes when the next is whole. In each are all coefficients,
+    and of those that are trained two moments, two thirds of an optimiser; beside them those of the
+    start, and the best so far."""
+    if not settings.max_steps:
+        return 0
+    each = coefficients + 2 * found.needs.optimizer // 3
+    steps = math.ceil(found.work.passes / settings.accumulation)
+    count = min(KEPT + 1, math.ceil(steps / settings.checkpoint_every))
+    if not steps:  # it is unknown how many: the rows are yet to be written
+        count = KEPT + 1
+    beside = coefficients * (choose_start(settings, plan) == "least_squares")
+    return count * each + beside + 4 * found.trained * bool(settings.evaluate_every)
 
 
 def _held_twice(plan: Plan, settings: Settings) -> Iterator[str]:

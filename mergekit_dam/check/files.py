@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mergekit_dam.coefficients import is_coefficient_file
 from mergekit_dam.config import Recipe
-from mergekit_dam.fit.resume import folder_of, foreign_problem
+from mergekit_dam.fit.resume import folder_of, foreign_problem, states_of
 from mergekit_dam.hub import parse
 from mergekit_dam.places import hindrance
 
@@ -47,5 +47,7 @@ def _writing_problems(path: Path) -> Iterator[str]:
         )
     if problem := foreign_problem(folder_of(path)):
         yield problem
+    if (states := states_of(folder_of(path))).is_file():
+        yield f"{states} is a file, where a fit may keep its teachers' states: move it away"
     if reason := hindrance(path):
         yield f"{path} cannot be written, since {reason}: give another path"

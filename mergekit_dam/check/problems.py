@@ -60,17 +60,17 @@ def check(
     `in_full` the rows are read and tokenised, too, which a fit does itself before it loads weights,
     and what a fit will need is returned.
     """
-    settings = recipe.settings
+    settings, out = recipe.settings, coefficients or ""
     problems = list(_config_problems(recipe, options, coefficients, device, will_fit=will_fit))
     plan, shapes = _planned(recipe, options, coefficients, problems)
     problems += _plan_problems(recipe, options, plan, shapes, will_fit=will_fit)
     if coefficients and will_merge:
         problems += _file_problems(recipe, plan, shapes, coefficients, will_fit=will_fit)
-    rows = read_rows(settings, plan, coefficients or "") if in_full and settings else Rows()
+    rows = read_rows(settings, plan, out) if in_full and settings else Rows()
     problems += rows.problems
     result = None
     if will_fit and not problems:
-        problems, result = _foreseen(recipe, plan, shapes, rows, device, in_full=in_full)
+        problems, result = _foreseen(recipe, plan, shapes, rows, out, device, in_full=in_full)
     if problems:
         raise DamError(listed(recipe.path, problems))
     if will_fit:
@@ -150,7 +150,14 @@ def _file_problems(
 
 
 def _foreseen(
-    recipe: Recipe, plan: Plan, shapes: HeaderShapes, rows: Rows, device: str, *, in_full: bool
+    recipe: Recipe,
+    plan: Plan,
+    shapes: HeaderShapes,
+    rows: Rows,
+    out: str,
+    device: str,
+    *,
+    in_full: bool,
 ) -> "tuple[list[str], Outlook | None]":
     """What in the settings does not fit the model; if nothing, what the fit will need."""
     try:
@@ -164,7 +171,7 @@ def _foreseen(
         choose_threads(plan.model_config, chosen, plan.options.num_threads)
         _warn_of(repeated_rows(recipe.settings, plan, rows))
         outline = Outline(plan, shapes, skeleton, chosen, rows.data)
-        return [], Outlook(estimate(outline, recipe.settings), tuple(rows.previews))
+        return [], Outlook(estimate(outline, recipe.settings, out), tuple(rows.previews))
     except DamError as error:
         return [error.message], None
 

@@ -1,7 +1,10 @@
 """The processes that share a fit, as torchrun and `accelerate launch` tell them."""
 
+import functools
 import logging
 import os
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -9,6 +12,7 @@ from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger(__name__)
 PATIENCE = 60  # seconds without a word
+LAUNCHER = os.getppid()  # where there are several
 LIMIT = 24 * 3600  # what a merge or the writing of rows takes at most
 # What `accelerate config` may have chosen, and its values that leave a model as it is.
 WRAPPERS = {
@@ -46,19 +50,31 @@ def launch_problems() -> Iterator[str]:
             )
 
 
+@functools.cache
+def end_with_launcher() -> None:
+    """From now on, one of several processes ends when what launched them does: killed, that ends
+    none, and they would wait for each other, or write beside those that are started next."""
+    if count() > 1:
+        threading.Thread(target=_watch_launcher, daemon=True).start()
+
+
+def _watch_launcher(pause: float = 1.0) -> None:
+    while os.getppid() == LAUNCHER:
+        time.sleep(pause)
+    sys.stderr.write("Error: What launched this process has ended, so it ends, too.\n")
+    sys.stderr.flush()
+    os._exit(1)  # in the midst of anything: files are replaced whole
+
+
 def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:
     """Wait for what the main process makes: a file or folder that appears when it is whole.
 
-    Where the main process fails, torchrun ends this one too. Raises DamError where torchrun itself
-    is gone, or nothing comes.
+    Where the main process fails, torchrun ends this one too. Raises DamError where nothing comes.
     """
-    begin, launcher, has_told = time.monotonic(), os.getppid(), False
+    end_with_launcher()
+    begin, has_told = time.monotonic(), False
     while not is_there():
         waited = time.monotonic() - begin
-        if os.getppid() != launcher:
-            raise DamError(
-                f"{path} was not made: what launched the processes has ended; start again."
-            )
         if waited > LIMIT:
             raise DamError(
                 f"{path} did not appear within {LIMIT // 3600} hours: look what the main process "

@@ -22,6 +22,7 @@ from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import (
     BEST,
+    alone,
     belongs,
     digest,
     discard,
@@ -31,11 +32,13 @@ from mergekit_dam.fit.resume import (
     keep_figures,
     kept_figures,
     require_place,
+    states_of,
 )
 from mergekit_dam.fit.trainer import CoefficientTrainer, build_trainer, history
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Best, Watch, watched
 from mergekit_dam.model import MergedModel
+from mergekit_dam.places import free_disk
 
 ALMOST_NOTHING = 1_000_000  # bytes
 
@@ -55,6 +58,20 @@ def fit(
     with `resume`, it ends with the same coefficients.
     Raises DamError for every mistake of the user's.
     """
+    processes.end_with_launcher()
+    with alone(folder_of(out)):
+        return _fit(recipe, out, options, device=device, resume=resume, data=data)
+
+
+def _fit(
+    recipe: Recipe,
+    out: str,
+    options: MergeOptions,
+    *,
+    device: str,
+    resume: bool,
+    data: list[SourceData] | None,
+) -> files.Header:
     folder = folder_of(out)
     require_place(folder, resume=resume)
     prepared = prepare(recipe, options, device=device, data=data, out=out)
@@ -82,14 +99,14 @@ def fit(
 def forget(out: str) -> None:
     """Remove a coefficient file, and whatever a fit of it could go on with."""
     Path(out).unlink(missing_ok=True)
-    for folder in (folder_of(out), _states_of(folder_of(out))):
+    for folder in (folder_of(out), states_of(folder_of(out))):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def _discard_all(folder: Path) -> None:
     if is_main():
         discard(folder)
-        teachers.discard(_states_of(folder))
+        teachers.discard(states_of(folder))
 
 
 def _blame_sources(prepared: Fit) -> None:
@@ -106,12 +123,11 @@ def _blame_sources(prepared: Fit) -> None:
 
 def _in_words(error: Exception, folder: Path) -> Exception:
     """torch and safetensors tell of a full disk in words of their own."""
-    nearest = next(path for path in (folder, *folder.parents) if path.exists())
-    if isinstance(error, DamError) or shutil.disk_usage(nearest).free > ALMOST_NOTHING:
+    if isinstance(error, DamError) or free_disk(folder) > ALMOST_NOTHING:
         return error
     return DamError(
-        f"The disk of {nearest} is full: make room and go on with --resume. Earlier checkpoints "
-        "and coefficient files are whole."
+        f"The disk of {folder.parent} is full: make room and go on with --resume. Earlier "
+        "checkpoints and coefficient files are whole."
     )
 
 
@@ -213,11 +229,7 @@ def _teachers(prepared: Fit, folder: Path) -> teachers.KeptTeachers | None:
     if prepared.settings.teacher == "live":
         return None
     at_once = prepared.needs.tokens, prepared.needs.rows
-    return teachers.KeptTeachers(prepared.merged, _states_of(folder), _teaching(prepared), *at_once)
-
-
-def _states_of(folder: Path) -> Path:
-    return folder.with_suffix(".teachers")
+    return teachers.KeptTeachers(prepared.merged, states_of(folder), _teaching(prepared), *at_once)
 
 
 def _teaching(prepared: Fit) -> str:

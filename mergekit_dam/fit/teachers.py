@@ -8,7 +8,7 @@ source's weights alone.
 import contextlib
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -22,10 +22,11 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fingerprint import is_whole
 from mergekit_dam.fit import processes
 from mergekit_dam.fit.batches import StepRows, batch
+from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.objective import row_states
 from mergekit_dam.fit.workload import items_of_a_fit
 from mergekit_dam.model import MergedModel
-from mergekit_dam.places import whole
+from mergekit_dam.places import free_disk, whole
 
 TOKENS = 8192  # of a file
 FILE = re.compile(r"\.?\d+-[0-9a-f]{24}\.safetensors(\.partial-\d+)?")
@@ -69,20 +70,38 @@ class KeptTeachers:
 
         Killed at any moment, it goes on where it was. Raises DamError for a full disk.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
         files = [
             (source, some)
             for source, own in enumerate(rows)
             for some in together({_key(row): row for row in own}.values(), TOKENS)
         ]
+        if processes.is_main():
+            self._make_room(files)
         for source, some in files[processes.rank() :: processes.count()]:
             self._keep(source, some)
         wait()
         for source, some in files:  # the others', too, where their disk is not this one
             self._keep(source, some)
 
+    def _make_room(self, files: Sequence[tuple[int, Sequence[Row]]]) -> None:
+        """Remove what other fits have left here, and see that the rest of these files fits."""
+        missing = {self._path(*own): own[1] for own in files}
+        for path in _files(self._folder):
+            if path not in missing:
+                path.unlink(missing_ok=True)
+            elif is_whole(path):
+                del missing[path]
+        width = self._merged.model.config.get_text_config().hidden_size
+        needed = bytes_of(missing.values(), width, self._merged.dtype)
+        free = free_disk(self._folder)
+        if needed > free:
+            raise DamError(
+                f"The teachers' states need {size(needed)} on the disk of {self._folder}, and "
+                f"{size(free)} are free: make room, or set `dam.teacher: live`."
+            )
+
     def _keep(self, source: int, rows: Sequence[Row]) -> None:
-        path = self._folder / f"{self._name(source, rows)}.safetensors"
+        path = self._path(source, rows)
         if not (path.exists() and is_whole(path)):
             self._write(path, source, rows)
         self._files |= {(source, _key(row)): path for row in rows}
@@ -99,6 +118,7 @@ class KeptTeachers:
                 "be kept: set `dam.teacher: live`."
             )
         try:
+            self._folder.mkdir(parents=True, exist_ok=True)
             with whole(path) as partial:
                 save_file(tensors, partial)
         except Exception as error:  # safetensors has an exception of its own for a full disk
@@ -120,20 +140,28 @@ class KeptTeachers:
         with safe_open(path, "pt") as file:
             return file.get_tensor(key)
 
-    def _name(self, source: int, rows: Sequence[Row]) -> str:
+    def _path(self, source: int, rows: Sequence[Row]) -> Path:
         digest = hashlib.sha256(f"{self._fingerprint} {source}".encode())
         for row in rows:
             digest.update(_key(row).encode())
-        return f"{source}-{digest.hexdigest()[:24]}"
+        return self._folder / f"{source}-{digest.hexdigest()[:24]}.safetensors"
 
 
 def discard(folder: Path) -> None:
     """Remove what such fits have kept in a folder, and the folder if nothing else is in it."""
-    for path in folder.glob("*"):
-        if FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    for path in _files(folder):
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         folder.rmdir()
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*") if FILE.fullmatch(path.name)]
+
+
+def bytes_of(rows: Iterable[Sequence[Row]], width: int, dtype: torch.dtype) -> int:
+    """That the states of these rows take."""
+    return sum(row.counted for own in rows for row in own) * width * dtype.itemsize
 
 
 def rows_of_a_fit(rows: StepRows, settings: Settings, count: int) -> list[list[Row]]:
