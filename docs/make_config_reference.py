@@ -168,9 +168,9 @@ Every `checkpoint_every` steps the fit saves coefficients and optimiser to `FILE
 is the coefficient file. `--resume` goes on from the last; it is refused where a setting has changed
 (`report_to`, `recompute` and `offload` excepted), a source, a row of data, the compute dtype or the
 number of processes. The folder is removed when the fit is done. With `teacher: cached` the sources'
-states are in `FILE.teachers/` as long: what a killed fit leaves there is used by the next one where
-that has the same sources and the same rows, and makes room otherwise. While a fit is under way,
-another one of the same FILE is refused.
+states are in `FILE.teachers/` as long: the next fit uses what a killed one has left there, where
+its sources and rows are the same, and removes it otherwise. While a fit is under way, another one
+of the same FILE is refused.
 
 ## Logs
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-SHORT = 1e-6  # a vector of coefficients without a direction
+SHORT = 1e-6  # up to this length a vector of coefficients has no direction
 
 
 def _log_probabilities(logits: Tensor, temperature: float) -> Tensor:  # [tokens, vocabulary]
@@ -76,7 +76,7 @@ def similarity(coefficients: Sequence[Tensor]) -> Tensor:
 
 
 def _unit(vectors: Tensor) -> Tensor:
-    """Of length 1, along the last axis, or of none: a division by next to nothing would have a
+    """Of length 1, along the last axis, or 0: a division by next to nothing would have a
     gradient without bounds."""
     length = vectors.norm(dim=-1, keepdim=True)
     return vectors / length.where(length > SHORT, torch.inf)

@@ -19,6 +19,7 @@ from mergekit_dam.compare.answers import Answer, exact_matches, load_answers
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit.alone import BusyError
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.plan import plan_merge
@@ -211,6 +212,15 @@ def test_interrupted_it_goes_on(compared, config, tmp_path, monkeypatch):
     assert kept.find("karcher") and not kept.find("evolution")
     results, _ = run_compare(config, tmp_path)
     assert {e.name: e.scores for e in results.entries} == {e.name: e.scores for e in whole.entries}
+
+
+def test_a_fit_under_way_is_waited_for_by_the_user(config, tmp_path, monkeypatch):
+    """It is none that failed, of which a comparison would say so for good."""
+    monkeypatch.setattr(stage, "fit", lambda *_, **__: (_ for _ in ()).throw(BusyError("busy")))
+    with pytest.raises(BusyError):
+        run_compare(config, tmp_path, only=["dam"])
+    kept = records.read(tmp_path / "results.json")
+    assert kept is None or not kept.find("dam")
 
 
 def test_the_command_line(config, tmp_path):

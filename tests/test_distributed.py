@@ -130,20 +130,21 @@ time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_one_of_several_ends_with_what_has_launched_it(count):
+@pytest.mark.parametrize("is_launched", [True, False])
+def test_a_process_of_torchruns_ends_with_it(is_launched):
     launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
     process = subprocess.Popen(
         [sys.executable, "-c", launcher, WAITING],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "WORLD_SIZE": str(count), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, **({"TORCHELASTIC_RUN_ID": "none"} if is_launched else {})},
     )
     assert process.stdout.readline() == "waits\n"
     (child,) = psutil.Process(process.pid).children()
     process.kill()
-    gone, _ = psutil.wait_procs([child], timeout=20 if count > 1 else 3)
-    assert bool(gone) == (count > 1)
-    child.kill() if not gone else None
-    assert ("What launched this process has ended" in process.stderr.read()) == (count > 1)
+    gone, _ = psutil.wait_procs([child], timeout=20 if is_launched else 3)
+    assert bool(gone) == is_launched
+    if not gone:
+        child.kill()
+    assert ("What launched this process has ended" in process.stderr.read()) == is_launched

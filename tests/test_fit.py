@@ -1,5 +1,6 @@
 """The fit: what it changes, that it is reproducible, and that it survives being killed."""
 
+import errno
 import json
 import math
 import os
@@ -24,14 +25,16 @@ from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import alone as alone_module
 from mergekit_dam.fit import fit, stage
+from mergekit_dam.fit.alone import alone
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.calibration import _go_as_far_as_helps
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.resume import PROGRESS, alone, folder_of
+from mergekit_dam.fit.resume import PROGRESS, folder_of
 from mergekit_dam.fit.trainer import last_checkpoint
 
 QUIET = MergeOptions(quiet=True)
@@ -440,9 +443,25 @@ def test_two_fits_do_not_write_one_file(recipe, models, tmp_path):
     path, out = str(recipe(models)), tmp_path / "new" / "dam.safetensors"
     with alone(folder_of(out)), pytest.raises(DamError, match=f"Another fit is writing {out} now"):
         fit(read_recipe(path), str(out), QUIET, device="cpu")
-    assert not list(out.parent.iterdir())
+    assert not out.parent.exists()
     fit(read_recipe(path), str(out), QUIET, device="cpu")
     assert list(out.parent.iterdir()) == [out]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EACCES])
+def test_a_disk_without_locks_takes_a_fit(tmp_path, monkeypatch, number):
+    def refused(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    told, folder = [], folder_of(tmp_path / "dam.safetensors")
+    monkeypatch.setattr(alone_module, "WeakFileLock", refused)
+    monkeypatch.setattr(alone_module.LOG, "warning", lambda text, *values: told.append(text))
+    if number == errno.EACCES:
+        with pytest.raises(DamError, match="cannot be written"), alone(folder):
+            pass
+    else:
+        with alone(folder):
+            assert "on a disk without locks" in told[0]
 
 
 def test_a_finished_fit_is_not_taken_for_another(recipe, models, tmp_path):

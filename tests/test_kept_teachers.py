@@ -160,13 +160,13 @@ def test_each_of_several_processes_keeps_its_share(path, tmp_path, monkeypatch):
         own.keep(rows, lambda b=before: written.append(set((tmp_path / "kept").glob("*")) - b))
         if rank == 0:  # alone, it has written the other's at last
             for file in (tmp_path / "kept").iterdir():
-                if file not in written[0]:
+                if file not in written[1]:
                     file.unlink()
-    assert abs(len(written[0]) - len(written[1])) <= 1
-    assert not written[0] & written[1]
-    assert {file.name for file in written[0] | written[1]} == {
-        file.name for file in own._files.values()
-    }
+    before, first, again, second = written  # each waits before it writes, and for the others
+    assert not before | again
+    assert abs(len(first) - len(second)) <= 1
+    assert not first & second
+    assert {file.name for file in first | second} == {file.name for file in own._files.values()}
 
 
 def test_what_another_fit_has_left_makes_room(path, tmp_path):
@@ -198,10 +198,10 @@ def test_a_disk_that_is_too_small_is_told_before_a_teacher_runs(path, tmp_path, 
 def test_check_tells_of_a_disk_that_is_too_small(path, monkeypatch):
     options = {"coefficients": "none", "will_fit": True, "will_merge": False, "device": "cpu"}
     told = str(check(read_recipe(path), QUIET, **options, in_full=True))
-    assert "of disk" not in told
+    assert "of the disk" not in told
     monkeypatch.setattr(estimate, "free_disk", lambda path: 1000)
     told = str(check(read_recipe(path), QUIET, **options, in_full=True))
-    assert "of disk beside the coefficient file, and 1 KB are free: make room, or set `dam" in told
+    assert "of the disk, which has room for 1 KB: make more, or set `dam.teacher: live`" in told
 
 
 def test_a_file_in_the_folders_place(path, tmp_path):

@@ -186,7 +186,7 @@ def test_settings_without_an_effect(recipe, models) -> None:
 
 def test_more_rows_in_a_step_than_there_are(recipe, models) -> None:
     told = run("mergekit-dam", "check", recipe(models[:2], dam={"batch_size": 500})).stderr
-    assert re.search(r"`dam.batch_size` is 500, but no source has more than (\d+) .*: \1 is", told)
+    assert re.search(r"`dam.batch_size` is 500, but of no .* than (\d+), .*: \1 is enough", told)
     path = recipe(models[:2], dam={"batch_size": 10**9})
     assert "`dam.batch_size` Input should be less than" in refusal("mergekit-dam", "check", path)
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import get_args
 
 from mergekit_dam.check.parameters import is_idle
@@ -13,6 +12,7 @@ from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.forecast import Forecast, Outline, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
+from mergekit_dam.fit.resume import folder_of, states_of
 from mergekit_dam.fit.start import choose_start, trained_tensors
 from mergekit_dam.fit.teachers import bytes_of, rows_of_a_fit
 from mergekit_dam.fit.trainer import KEPT
@@ -42,7 +42,7 @@ class Estimate:
     file: int
     checkpoints: int
     states: int  # of the sources on their rows, where they are kept
-    free_disk: int
+    room: int  # on the disk
     place: Place
     lack: str | None  # of what is here
 
@@ -74,12 +74,12 @@ class Estimate:
     @property
     def _lacking_disk(self) -> str:
         needed = self.file + self.checkpoints + self.states
-        if needed <= self.free_disk:
+        if needed <= self.room:
             return ""
         live = ", or set `dam.teacher: live`" if self.states else ""
         return (
-            f"The fit needs about {size(needed)} of disk beside the coefficient file, and "
-            f"{size(self.free_disk)} are free: make room{live}."
+            f"The fit's files need about {size(needed)} of the disk, which has room for "
+            f"{size(self.room)}: make more{live}."
         )
 
 
@@ -109,7 +109,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         file=4 * coefficients,
         checkpoints=_checkpoints(settings, plan, found, 4 * coefficients),
         states=bytes_of(rows, width, dtype) * has_steps,
-        free_disk=free_disk(Path(out)),
+        room=_room(out),
         place=found.place,
         lack=lack(found.place, settings, outline.place),
     )
@@ -119,15 +119,19 @@ def _checkpoints(settings: Settings, plan: Plan, found: Forecast, coefficients: 
     """Bytes at most at once: the oldest goes when the next is whole. In each are all coefficients,
     and of those that are trained two moments, two thirds of an optimiser; beside them those of the
     start, and the best so far."""
-    if not settings.max_steps:
-        return 0
     each = coefficients + 2 * found.needs.optimizer // 3
-    steps = math.ceil(found.work.passes / settings.accumulation)
-    count = min(KEPT + 1, math.ceil(steps / settings.checkpoint_every))
-    if not steps:  # it is unknown how many: the rows are yet to be written
+    count = min(KEPT + 1, math.ceil(found.work.steps / settings.checkpoint_every))
+    if settings.max_steps < 0 and not found.work.steps:  # of rows that are yet to be written
         count = KEPT + 1
     beside = coefficients * (choose_start(settings, plan) == "least_squares")
     return count * each + beside + 4 * found.trained * bool(settings.evaluate_every)
+
+
+def _room(out: str) -> int:
+    """Bytes that a fit may take of a disk: those that are free, and those that it has already."""
+    folder = folder_of(out)
+    files = (path for own in (folder, states_of(folder)) for path in own.rglob("*"))
+    return free_disk(folder) + sum(path.stat().st_size for path in files if path.is_file())
 
 
 def _held_twice(plan: Plan, settings: Settings) -> Iterator[str]:

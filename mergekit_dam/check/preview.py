@@ -52,8 +52,8 @@ def repeated_rows(settings: Settings, plan: Plan, rows: Rows) -> Iterator[str]:
     most = max((len(own.train) for own in rows.data), default=0)
     if settings.batch_size > most and is_read(plan, rows.data):
         yield (
-            f"`dam.batch_size` is {settings.batch_size}, but no source has more than {most} rows "
-            f"to train on, so each step computes some of them again: {most} is enough"
+            f"`dam.batch_size` is {settings.batch_size}, but of no source are there more rows to "
+            f"train on than {most}, so each step computes some of them again: {most} is enough"
         )
 
 

@@ -25,6 +25,7 @@ from mergekit_dam.config import Recipe
 from mergekit_dam.config.recipe import parse_document
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import fit, forget
+from mergekit_dam.fit.alone import BusyError
 from mergekit_dam.fit.device import choose_device, choose_threads
 from mergekit_dam.fit.resume import digest, folder_of
 from mergekit_dam.fit.rows import load_data
@@ -241,6 +242,8 @@ class _Comparison:
             with metered(layers(self._plan), self._device) as meter:
                 fit(recipe, path, self._options, device=self._device, resume=True,
                     data=self._fit_data)  # fmt: skip
+        except BusyError:  # whose file is none of a fit that failed
+            raise
         except DamError as error:
             self._add(Entry(name=name, kind="merge", reason=error.message))
             return

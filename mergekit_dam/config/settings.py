@@ -138,10 +138,13 @@ class Settings(Block):
     train: Train = Field(Train(), description="which kinds of tensors are trained")
     objective: Objective = Field(Objective(), description="the terms of the loss")
     steps: int | None = Field(
-        None, ge=0, description="optimiser steps; 1,200 unless `epochs` is given"
+        None, ge=0, le=10**9, description="optimiser steps; 1,200 unless `epochs` is given"
     )
     epochs: float | None = Field(
-        None, gt=0, description="passes over the longest source's data, instead of `steps`"
+        None,
+        gt=0,
+        le=10**9,
+        description="passes over the longest source's data, instead of `steps`",
     )
     batch_size: int = Field(
         2,

@@ -136,6 +136,13 @@ def _within(
         begin = end
 
 
+def _times(gradient: Tensor, factor: Tensor) -> Tensor:
+    """In place. A GPU would round a factor without axes to the gradient's 16 bits."""
+    if gradient.dtype == factor.dtype:
+        return gradient.mul_(factor)
+    return gradient.copy_(gradient * factor[None])
+
+
 class _Known(torch.autograd.Function):
     """A value whose gradients are known: the value, then each tensor and its gradient in turn."""
 
@@ -146,6 +153,6 @@ class _Known(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, outer):
-        results = [part for g in ctx.gradients for part in (g.mul_(outer), None)]
+        results = [part for g in ctx.gradients for part in (_times(g, outer), None)]
         ctx.gradients = None  # used once; their memory goes with them
         return None, *results

@@ -161,6 +161,7 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         rows=settings.batch_size * len(train),
         alone=together.length,
         widest=max(together.tokens),
+        steps=max(settings.max_steps, 0),
         passes=passes,
         tokens=passes * sum(together.tokens),
     )

@@ -12,7 +12,6 @@ from mergekit_dam.errors import DamError
 
 LOG = logging.getLogger(__name__)
 PATIENCE = 60  # seconds without a word
-LAUNCHER = os.getppid()  # where there are several
 LIMIT = 24 * 3600  # what a merge or the writing of rows takes at most
 # What `accelerate config` may have chosen, and its values that leave a model as it is.
 WRAPPERS = {
@@ -50,16 +49,21 @@ def launch_problems() -> Iterator[str]:
             )
 
 
+def is_first_here() -> bool:
+    """Of the processes on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 @functools.cache
 def end_with_launcher() -> None:
-    """From now on, one of several processes ends when what launched them does: killed, that ends
-    none, and they would wait for each other, or write beside those that are started next."""
-    if count() > 1:
-        threading.Thread(target=_watch_launcher, daemon=True).start()
+    """From now on, a process of torchrun's ends when torchrun does. A launcher that is killed ends
+    none of them: they would wait for each other, or write beside those that are started next."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
 
 
-def _watch_launcher(pause: float = 1.0) -> None:
-    while os.getppid() == LAUNCHER:
+def _watch(launcher: int, pause: float = 1.0) -> None:
+    while os.getppid() == launcher:
         time.sleep(pause)
     sys.stderr.write("Error: What launched this process has ended, so it ends, too.\n")
     sys.stderr.flush()

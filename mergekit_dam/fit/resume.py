@@ -14,7 +14,6 @@ import pydantic
 import safetensors
 import safetensors.torch
 import torch
-from huggingface_hub.utils import WeakFileLock
 from torch import Tensor
 
 from mergekit_dam.coefficients import Figures, Header, Source
@@ -33,7 +32,6 @@ BEST = "best.safetensors"  # the best coefficients of the evaluations on the way
 RECORD = "fit.json"  # tells which fit the checkpoints beside it belong to
 
 FIGURES = pydantic.TypeAdapter(tuple[Figures, ...])
-PATIENCE = 0.2  # seconds, in which a lock is tried twice
 LOGS = "runs"  # what tensorboard keeps there; it stays when a fit is done
 
 
@@ -45,32 +43,6 @@ def folder_of(out: str | Path) -> Path:
 def states_of(folder: Path) -> Path:
     """Where it keeps its teachers' states."""
     return folder.with_suffix(".teachers")
-
-
-@contextlib.contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """A context of the one fit that writes a coefficient file, with its folder. Raises DamError
-    where another is under way."""
-    if not processes.is_main():  # the main one has it for all
-        yield
-        return
-    lock = folder.with_name(f".{folder.name}.lock")
-    with contextlib.ExitStack() as stack:
-        try:
-            lock.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(WeakFileLock(lock, timeout=PATIENCE))
-        except TimeoutError as error:
-            raise DamError(
-                f"Another fit is writing {folder.with_suffix('')} now: wait for its end, or give "
-                "this one's coefficient file another name."
-            ) from error
-        except OSError as error:
-            raise _unwritable(folder, error) from error
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # some systems remove no file that is open
-                lock.unlink()
 
 
 def identity(
@@ -234,10 +206,10 @@ def _write(record: Path, same: dict[str, Any]) -> None:
         with whole(record) as partial:
             partial.write_text(json.dumps(same), encoding="utf-8")
     except OSError as error:
-        raise _unwritable(record.parent, error) from error
+        raise unwritable(record.parent, error) from error
 
 
-def _unwritable(folder: Path, error: OSError) -> DamError:
+def unwritable(folder: Path, error: OSError) -> DamError:
     return DamError(
         f"{folder} cannot be written ({error.strerror}): the fit keeps its checkpoints there, "
         "beside the coefficient file; give a path in a folder of yours."

@@ -13,6 +13,7 @@ from mergekit_dam.config import Recipe
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError, NotFiniteError
 from mergekit_dam.fit import processes, teachers
+from mergekit_dam.fit.alone import alone
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.calibration import calibrate
 from mergekit_dam.fit.evaluate import evaluate
@@ -22,7 +23,6 @@ from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.processes import is_main
 from mergekit_dam.fit.resume import (
     BEST,
-    alone,
     belongs,
     digest,
     discard,

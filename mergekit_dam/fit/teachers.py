@@ -66,7 +66,7 @@ class KeptTeachers:
 
     def keep(self, rows: Sequence[Sequence[Row]], wait: Callable[[], None] = lambda: None) -> None:
         """Compute what is not there yet, one source after the other; each of several processes a
-        share, after which `wait` waits for the others.
+        share, before and after which `wait` waits for the others.
 
         Killed at any moment, it goes on where it was. Raises DamError for a full disk.
         """
@@ -75,8 +75,9 @@ class KeptTeachers:
             for source, own in enumerate(rows)
             for some in together({_key(row): row for row in own}.values(), TOKENS)
         ]
-        if processes.is_main():
+        if processes.is_first_here():
             self._make_room(files)
+        wait()  # nobody writes before
         for source, some in files[processes.rank() :: processes.count()]:
             self._keep(source, some)
         wait()

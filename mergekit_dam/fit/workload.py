@@ -1,14 +1,15 @@
 """What a fit computes, from the lengths of its rows."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 from mergekit_dam.config import Settings
 from mergekit_dam.fit.batches import ByLength, groups
 
-FORESEEN = 50_000  # items of a fit, or those of one pass, that are gone through: a quarter second
+FORESEEN = 50_000  # items of a fit, or those of one pass, that are gone through, in a second
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Workload:
     rows: int  # of a pass
     alone: int  # tokens of a row that is evaluated
     widest: int  # tokens of one source in a pass
-    passes: int  # forward and backward, of one process
+    steps: int  # 0 where it is unknown how many
+    passes: int  # of one process
     tokens: int  # of all passes
 
     @property
@@ -48,32 +50,36 @@ def workload(
     lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1, *, alone: int = 0
 ) -> Workload:
     """Of rows of these lengths, for each source; a row of `alone` tokens is evaluated, too. A long
-    fit goes on as its first `FORESEEN` items do."""
-    some = max(1, FORESEEN // settings.batch_size) * settings.batch_size
-    items = islice(items_of_a_fit(lengths, settings, processes), some)
+    fit goes on as its first `FORESEEN` items do, but has a pass of the longest rows."""
+    rows, extent = settings.batch_size, extent_of_a_fit(lengths, settings, processes)
+    items = items_of_a_fit(lengths, settings, processes)
+    some = islice(items, max(1, FORESEEN // rows) * rows)
+    found = [list(_computed(own, lengths)) for own in iter(lambda: list(islice(some, rows)), [])]
+    tokens = sum(map(_total, found)) * extent.passes // max(1, len(found))
+    if len(found) < extent.passes * processes:
+        found.append(list(_computed(_longest(lengths, rows, processes), lengths)))
     nothing = [Group(0, (0,) * len(lengths))]
-    candidates = [nothing, nothing]
-    widest, seen, tokens, most = 0, 0, 0, 1
-    while own := list(islice(items, settings.batch_size)):
-        found = list(_computed(own, lengths))
-        candidates = [
-            max(c, found, key=k) for c, k in zip(candidates, (_total, _pairs), strict=True)
-        ]
-        most, widest = max(most, len(found)), max(widest, *_of_sources(found))
-        seen, tokens = seen + 1, tokens + _total(found)
+    candidates = [max(found, key=size, default=nothing) for size in (_total, _pairs)]
     if alone > _total(candidates[0]):
         candidates = [[Group(alone, (alone, *nothing[0].tokens[1:]))]]
-    if most > 1:
+    if any(len(groups) > 1 for groups in found):
         candidates = [with_an_empty_one(groups) for groups in candidates]
-    passes = passes_of_a_fit(lengths, settings, processes)[1]
     return Workload(
         candidates=tuple(dict.fromkeys(map(tuple, candidates))),
-        rows=settings.batch_size * len(lengths),
+        rows=rows * len(lengths),
         alone=alone or candidates[0][0].length,
-        widest=max(widest, alone),
-        passes=passes,
-        tokens=tokens * passes // max(1, seen),
+        widest=max(alone, *(max(_of_sources(groups)) for groups in (nothing, *found))),
+        steps=extent.steps,
+        passes=extent.passes,
+        tokens=tokens,
     )
+
+
+def _longest(lengths: Sequence[Sequence[int]], count: int, processes: int) -> list[tuple[int, ...]]:
+    """Items of so many of each source's longest rows, as often as a step may have each."""
+    orders = [sorted(range(len(own)), key=own.__getitem__, reverse=True) for own in lengths]
+    often = [-(-count * processes // len(own)) for own in lengths]
+    return [tuple(o[n // k] for o, k in zip(orders, often, strict=True)) for n in range(count)]
 
 
 def with_an_empty_one(groups: Sequence[Group]) -> list[Group]:
@@ -102,28 +108,36 @@ def items_of_a_fit(
     of them."""
     step = settings.batch_size * processes
     order = ByLength(lengths, step, settings.seed)
-    of_an_epoch, passes = passes_of_a_fit(lengths, settings, processes)
-    for epoch in range(math.ceil(passes / of_an_epoch)):
+    extent = extent_of_a_fit(lengths, settings, processes)
+    for epoch in range(math.ceil(extent.passes / extent.epoch)):
         order.set_epoch(epoch)
-        left = passes - epoch * of_an_epoch
-        yield from islice(order, min(left, of_an_epoch) * step)
+        left = extent.passes - epoch * extent.epoch
+        yield from islice(order, min(left, extent.epoch) * step)
 
 
-def passes_of_a_fit(
+class Extent(NamedTuple):
+    """How long a fit is."""
+
+    epoch: int  # passes of an epoch, forward and backward, of each process
+    passes: int  # of all steps
+    steps: int
+
+
+def extent_of_a_fit(
     lengths: Sequence[Sequence[int]], settings: Settings, processes: int = 1
-) -> tuple[int, int]:
-    """Of an epoch and of all steps, for each process. An epoch's last step adds up what is left."""
-    of_an_epoch = math.ceil(max(map(len, lengths)) / (settings.batch_size * processes))
-    updates = math.ceil(of_an_epoch / settings.accumulation)
+) -> Extent:
+    """An epoch's last step adds up the passes that are left."""
+    epoch = math.ceil(max(map(len, lengths)) / (settings.batch_size * processes))
+    updates = math.ceil(epoch / settings.accumulation)
     steps = settings.max_steps
     if steps < 0:
         steps = math.ceil((settings.epochs or 1) * updates)
     epochs, more = divmod(steps, updates)
-    return of_an_epoch, epochs * of_an_epoch + min(more * settings.accumulation, of_an_epoch)
+    return Extent(epoch, epochs * epoch + min(more * settings.accumulation, epoch), steps)
 
 
 def _computed(
-    items: Iterable[tuple[int, ...]], lengths: Sequence[Sequence[int]]
+    items: Sequence[tuple[int, ...]], lengths: Sequence[Sequence[int]]
 ) -> Iterator[Group]:
     """The groups of rows that some items have."""
     owners = [source for item in items for source in range(len(item))]
