@@ -415,8 +415,9 @@ def test_so_does_one_with_a_few_long_rows(recipe, tmp_path, name):
 
 def test_so_does_one_of_many_sources_that_are_cast(recipe, tmp_path):
     """One block of each is there, and not the one before beside it."""
-    config = transformers.LlamaConfig(**{**tiny.SIZES, "hidden_size": 256, "vocab_size": 64})
-    rows = [[Row([token + 3] * 9) for token in range(4)] for _ in range(8)]
+    sizes = {"hidden_size": 256, "intermediate_size": 640, "vocab_size": 64}
+    config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes})
+    rows = [[Row([token + 3] * 9) for token in range(4)] for _ in range(10)]
     start = {"start": "least_squares", "steps": 0}
     found = prepared(recipe, tmp_path, config, rows, dtype="bfloat16", **start)
     with Live() as live:
