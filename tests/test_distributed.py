@@ -121,6 +121,14 @@ def test_who_waits_says_so_and_ends(tmp_path, monkeypatch):
     assert told == ["Process 0 waits for nothing, which the main process makes."]
 
 
+def test_who_waits_ends_with_what_has_launched_it(monkeypatch):
+    launchers = iter([4, 4, 1, 1])
+    monkeypatch.setattr(os, "getppid", lambda: next(launchers))
+    with pytest.raises(DamError, match="what launched the processes has ended"):
+        wait_for("nothing", lambda: False, pause=0.01)
+    wait_for("something", lambda: True)
+
+
 WAITING = """
 import time
 from mergekit_dam.fit import processes

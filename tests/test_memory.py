@@ -480,34 +480,40 @@ def test_what_the_sources_take_is_foreseen(recipe, tmp_path, name, keys):
     assert shapes.dtypes() == {found.merged.stack(n).dtype for n in found.merged.coefficients()}
 
 
-@pytest.mark.parametrize(
-    "dam",
-    [
-        {"basis": "coefficients", "steps": 2},
-        {"train": {"linear": False}, "start": "average", "steps": 5},
-        {"start": "least_squares", "calibration": 2, "evaluate_every": 2, "steps": 4},
-    ],
-    ids=str,
-)
-def test_what_checkpoints_take_is_foreseen(recipe, tmp_path, monkeypatch, dam):
-    """At most at once. Coefficients that are not trained are in them, too."""
-    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 768, "num_hidden_layers": 1})
-    models = tiny.save_models(tmp_path, config, SOURCES)
-    dam = {"start": "average", "checkpoint_every": 1, **dam}
-    loaded = read_recipe(str(recipe(models, dam=dam)))
+def foreseen_and_taken(recipe, folder: Path, monkeypatch, dam: dict) -> tuple[int, int]:
+    """Bytes of a fit's files at most at once, but for the coefficient file."""
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 768})
+    models = tiny.save_models(folder, config, SOURCES)
+    loaded = read_recipe(str(recipe(models, dam={"checkpoint_every": 1, **dam})))
     found = check(
         loaded, QUIET, coefficients=loaded.coefficients, will_fit=True, will_merge=False,
         device="cpu", in_full=True,
     )  # fmt: skip
     taken, rotate = [], trainer.rotate_checkpoints
+    names = ("model.safetensors", "optimizer.pt", "start.safetensors", "best.safetensors")
 
     def rotated(*args, **kwargs):
-        files = tmp_path.glob("dam.safetensors.fit/**/*")
-        own = [f for f in files if f.suffix in (".safetensors", ".pt")]
-        taken.append(sum(f.stat().st_size for f in own))
+        files = (f for name in names for f in folder.glob(f"dam.safetensors.fit/**/{name}"))
+        taken.append(sum(f.stat().st_size for f in files))
         rotate(*args, **kwargs)
 
     monkeypatch.setattr(trainer, "rotate_checkpoints", rotated)
     fit(loaded, loaded.coefficients, QUIET, device="cpu")
     assert len(taken) == dam["steps"]
-    assert max(taken) / 1.15 < found.estimate.checkpoints < max(taken)  # each tensor has a name
+    return found.estimate.checkpoints, max(taken)
+
+
+@pytest.mark.parametrize("train", [{}, {"linear": False}])
+@pytest.mark.parametrize("basis", ["differences", "coefficients"])
+def test_what_checkpoints_take_is_foreseen(recipe, tmp_path, monkeypatch, train, basis):
+    """Coefficients that are not trained are in them, too."""
+    dam = {"train": train, "basis": basis, "start": "average", "steps": 2}
+    foreseen, taken = foreseen_and_taken(recipe, tmp_path, monkeypatch, dam)
+    assert taken / 1.1 < foreseen < taken  # each tensor has a name, too
+
+
+def test_so_is_what_is_there_before_the_oldest_goes(recipe, tmp_path, monkeypatch):
+    """And, beside checkpoints, the start's coefficients and the best."""
+    dam = {"start": "least_squares", "calibration": 2, "evaluate_every": 2, "steps": 4}
+    foreseen, taken = foreseen_and_taken(recipe, tmp_path, monkeypatch, dam)
+    assert taken / 1.1 < foreseen < taken

@@ -107,7 +107,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         seconds=speed.seconds(1, found.needs.tokens),
         fit_seconds=speed.seconds(found.work.passes, found.work.tokens),
         file=4 * coefficients,
-        checkpoints=_checkpoints(settings, plan, found, 4 * coefficients),
+        checkpoints=_checkpoints(settings, plan, found),
         states=bytes_of(rows, width, dtype) * has_steps,
         room=_room(out),
         place=found.place,
@@ -115,10 +115,11 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
     )
 
 
-def _checkpoints(settings: Settings, plan: Plan, found: Forecast, coefficients: int) -> int:
+def _checkpoints(settings: Settings, plan: Plan, found: Forecast) -> int:
     """Bytes at most at once: the oldest goes when the next is whole. In each are all coefficients,
     and of those that are trained two moments, two thirds of an optimiser; beside them those of the
     start, and the best so far."""
+    coefficients = 4 * sum(found.numbers.values())
     each = coefficients + 2 * found.needs.optimizer // 3
     count = min(KEPT + 1, math.ceil(found.work.steps / settings.checkpoint_every))
     if settings.max_steps < 0 and not found.work.steps:  # of rows that are yet to be written

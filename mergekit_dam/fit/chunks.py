@@ -36,7 +36,8 @@ class Section:
 def slices(tokens: int, vocabulary: int, numbers: int | None = None) -> Iterator[slice]:
     """Chunks of tokens, about equal in length, of so many numbers at most."""
     most = max(1, (numbers or CHUNK) // vocabulary)
-    size = -(-tokens // max(1, -(-tokens // most)))
+    count = -(-tokens // most)
+    size = -(-tokens // max(1, count))
     for start in range(0, tokens, size or 1):
         yield slice(start, min(start + size, tokens))
 

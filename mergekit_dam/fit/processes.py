@@ -57,7 +57,8 @@ def is_first_here() -> bool:
 @functools.cache
 def end_with_launcher() -> None:
     """From now on, a process of torchrun's ends when torchrun does. A launcher that is killed ends
-    none of them: they would wait for each other, or write beside those that are started next."""
+    none of them: they would wait for each other in torch's own code, or write beside those that are
+    started next."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
 
@@ -73,12 +74,16 @@ def _watch(launcher: int, pause: float = 1.0) -> None:
 def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:
     """Wait for what the main process makes: a file or folder that appears when it is whole.
 
-    Where the main process fails, torchrun ends this one too. Raises DamError where nothing comes.
+    Where the main process fails, torchrun ends this one too. Raises DamError where torchrun itself
+    is gone, or nothing comes.
     """
-    end_with_launcher()
-    begin, has_told = time.monotonic(), False
+    begin, launcher, has_told = time.monotonic(), os.getppid(), False
     while not is_there():
         waited = time.monotonic() - begin
+        if os.getppid() != launcher:
+            raise DamError(
+                f"{path} was not made: what launched the processes has ended; start again."
+            )
         if waited > LIMIT:
             raise DamError(
                 f"{path} did not appear within {LIMIT // 3600} hours: look what the main process "

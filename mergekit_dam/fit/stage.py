@@ -60,21 +60,13 @@ def fit(
     """
     processes.end_with_launcher()
     with alone(folder_of(out)):
-        return _fit(recipe, out, options, device=device, resume=resume, data=data)
+        require_place(folder_of(out), resume=resume)
+        prepared = prepare(recipe, options, device=device, data=data, out=out)
+        return _fit(prepared, out, resume=resume, quiet=options.quiet)
 
 
-def _fit(
-    recipe: Recipe,
-    out: str,
-    options: MergeOptions,
-    *,
-    device: str,
-    resume: bool,
-    data: list[SourceData] | None,
-) -> files.Header:
+def _fit(prepared: Fit, out: str, *, resume: bool, quiet: bool) -> files.Header:
     folder = folder_of(out)
-    require_place(folder, resume=resume)
-    prepared = prepare(recipe, options, device=device, data=data, out=out)
     if resume and is_fitted(out, prepared.header):
         if belongs(folder, prepared.identity):  # it was killed when it had written its file
             _discard_all(folder)
@@ -82,9 +74,7 @@ def _fit(
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
     try:
         with Interrupt() as interrupt:
-            header = _train(
-                prepared, folder, checkpoint, interrupt, resume=resume, quiet=options.quiet
-            )
+            header = _train(prepared, folder, checkpoint, interrupt, resume=resume, quiet=quiet)
     except (DamError, OSError, RuntimeError) as error:
         discard_empty(folder)
         if isinstance(error, NotFiniteError):
