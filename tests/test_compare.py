@@ -19,8 +19,9 @@ from mergekit_dam.compare.answers import Answer, exact_matches, load_answers
 from mergekit_dam.compare.cost import metered
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit.alone import BusyError
+from mergekit_dam.fit import alone as lock
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.resume import folder_of
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.plan import plan_merge
 
@@ -199,6 +200,8 @@ def test_a_folder_of_another_comparison_loses_nothing(compared, config):
         run_compare(config, out, search_rows=7, again=("linear", "dam config"))
     with pytest.raises(DamError, match="no merge liner"):
         run_compare(config, out, again=("liner",))
+    with lock.alone(folder_of(out / "dam_config.safetensors")), pytest.raises(lock.BusyError):
+        run_compare(config, out, again=("dam config", "linear"))
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
 
 
@@ -216,8 +219,9 @@ def test_interrupted_it_goes_on(compared, config, tmp_path, monkeypatch):
 
 def test_a_fit_under_way_is_waited_for_by_the_user(config, tmp_path, monkeypatch):
     """It is none that failed, of which a comparison would say so for good."""
-    monkeypatch.setattr(stage, "fit", lambda *_, **__: (_ for _ in ()).throw(BusyError("busy")))
-    with pytest.raises(BusyError):
+    busy = lock.BusyError("busy")
+    monkeypatch.setattr(stage, "fit", lambda *_, **__: (_ for _ in ()).throw(busy))
+    with pytest.raises(lock.BusyError):
         run_compare(config, tmp_path, only=["dam"])
     kept = records.read(tmp_path / "results.json")
     assert kept is None or not kept.find("dam")

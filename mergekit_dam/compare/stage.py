@@ -160,11 +160,11 @@ class _Comparison:
         return digest(same)
 
     def _forget(self, names: Collection[str]) -> None:
+        for name in names:
+            forget(self._coefficients(name))
+            self._cost_path(name).unlink(missing_ok=True)
         self._results = self._results.without(names)
         records.write(self._out / records.RESULTS, self._results)
-        for name in names:
-            self._cost_path(name).unlink(missing_ok=True)
-            forget(self._coefficients(name))
 
     def _add(self, entry: Entry) -> None:
         self._results = self._results.with_entry(entry)

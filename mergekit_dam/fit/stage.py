@@ -87,10 +87,13 @@ def _fit(prepared: Fit, out: str, *, resume: bool, quiet: bool) -> files.Header:
 
 
 def forget(out: str) -> None:
-    """Remove a coefficient file, and whatever a fit of it could go on with."""
-    Path(out).unlink(missing_ok=True)
-    for folder in (folder_of(out), states_of(folder_of(out))):
-        shutil.rmtree(folder, ignore_errors=True)
+    """Remove a coefficient file, and whatever a fit of it could go on with. Raises BusyError where
+    one is under way."""
+    folder = folder_of(out)
+    with alone(folder):
+        Path(out).unlink(missing_ok=True)
+        for kept in (folder, states_of(folder)):
+            shutil.rmtree(kept, ignore_errors=True)
 
 
 def _discard_all(folder: Path) -> None:
