@@ -89,6 +89,28 @@ def test_where_the_sources_live_changes_no_bit(recipe, models, tmp_path, where, 
     close(*files, atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("recompute", ["block", "weights", "none"])
+def test_long_rows_have_the_same_bits_each_time(recipe, tmp_path, recompute) -> None:
+    """Of which attention adds up the gradients from many sides."""
+    sizes = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 2048}
+    config = transformers.LlamaConfig(**{**tiny.SIZES, **sizes})
+    large = tiny.save_models(tmp_path, config, 2, torch.bfloat16)
+    places = torch.arange(1500)
+    rows = [Row(((7 + number) * places % 36 + 4).tolist()) for number in range(2)]
+    data = [SourceData([row], [row]) for row in rows]
+    inputs = {key: value.cuda() for key, value in batch(rows, [0, 1]).items()}
+    found = []
+    for place in ("none", "none", "none", "cpu", "disk"):
+        dam = {"batch_size": 1, "max_length": 1500, "recompute": recompute, "offload": place}
+        path = read_recipe(str(recipe(large, dtype="bfloat16", dam=dam)))
+        merged = prepare(path, MergeOptions(quiet=True), device="cuda", data=data).merged
+        Distillation(merged, Objective())(**inputs)["loss"].backward()
+        found.append({name: c.grad for name, c in merged.trained_coefficients().items()})
+    for other in found[1:]:
+        for name, gradient in found[0].items():
+            assert torch.equal(gradient, other[name]), name
+
+
 @pytest.mark.parametrize("held", [0.5, 0])
 def test_a_comparison_measures_what_it_does_on_a_cpu(recipe, models, monkeypatch, held) -> None:
     """With weights on the GPU as a whole, and a block at a time."""

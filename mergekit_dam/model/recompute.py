@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mergekit_dam.errors import DamError
+from mergekit_dam.model.attention import as_usual, in_one_order
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.live import storage_of, tensors
 from mergekit_dam.model.lookup import Lookup
@@ -26,6 +27,7 @@ VIEW = "merge"  # the one that has gradients
 CONTAINERS = (UserDict, dict, list)
 
 
+@in_one_order()
 def run(block: Block, calls: Sequence[tuple[tuple, dict]], recompute: Recompute) -> list[Any]:
     """A block's outputs for several calls, with gradients."""
     if recompute == "none":
@@ -89,7 +91,7 @@ class _Activations:
     def _make(self) -> None:
         self._made, self._seen = {}, 0
         hooks = saved_tensors_hooks(self._keep, lambda nothing: nothing)
-        with contextlib.suppress(_Enough), torch.enable_grad(), hooks:
+        with contextlib.suppress(_Enough), torch.enable_grad(), hooks, as_usual():
             calls = _with_own_containers(self._calls)  # what this run writes goes
             self._block.run_each(calls, _weights(self._block))
         self._require(self._seen == len(self._places))
