@@ -72,7 +72,7 @@ def similarity(coefficients: Sequence[Tensor]) -> Tensor:
             unit = _unit(torch.stack(members))  # [tensors, N, K]
             sums = unit.sum(1).square().sum(-1) - unit.square().sum((1, 2))  # over both orders
             cosines.append(sums / (count * (count - 1)))
-    return torch.cat(cosines).mean() if cosines else torch.zeros(())
+    return torch.cat(cosines).mean() if cosines else _nothing(coefficients)
 
 
 def _unit(vectors: Tensor) -> Tensor:
@@ -84,12 +84,12 @@ def _unit(vectors: Tensor) -> Tensor:
 
 def l1(coefficients: Sequence[Tensor]) -> Tensor:
     """Σ |c| over all coefficients."""
-    return _sum([c.abs().sum() for c in coefficients])
+    return _sum([c.abs().sum() for c in coefficients], coefficients)
 
 
 def l2(coefficients: Sequence[Tensor]) -> Tensor:
     """Σ ‖c_i‖₂ over sources and tensors: the norm, not its square, as published."""
-    return _sum([c.flatten(1).norm(dim=1).sum() for c in coefficients])
+    return _sum([c.flatten(1).norm(dim=1).sum() for c in coefficients], coefficients)
 
 
 def overlap(coefficients: Sequence[Tensor], interference: Sequence[Tensor] | None = None) -> Tensor:
@@ -107,7 +107,7 @@ def overlap(coefficients: Sequence[Tensor], interference: Sequence[Tensor] | Non
             claimed = claimed * interference[index].flatten(1).T
         if claimed.shape[1]:
             shared.append(claimed.sum(0).mean())
-    return _sum(shared)
+    return _sum(shared, coefficients)
 
 
 def _pairs(vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,5 +116,10 @@ def _pairs(vectors: Tensor) -> tuple[Tensor, Tensor]:
     return vectors[i].T, vectors[j].T
 
 
-def _sum(terms: Sequence[Tensor]) -> Tensor:
-    return torch.stack(list(terms)).sum() if terms else torch.zeros(())
+def _sum(terms: Sequence[Tensor], coefficients: Sequence[Tensor]) -> Tensor:
+    return torch.stack(list(terms)).sum() if terms else _nothing(coefficients)
+
+
+def _nothing(coefficients: Sequence[Tensor]) -> Tensor:
+    """Where these are, since the terms of a step are stacked for its log."""
+    return coefficients[0].new_zeros(()) if coefficients else torch.zeros(())

@@ -2,11 +2,13 @@
 
 import copy
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import tiny
 import torch
 import transformers
+from architectures import FITTED
 from mergekit.options import MergeOptions
 from safetensors.torch import load_file
 
@@ -21,13 +23,18 @@ from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.fit.rows import load_data
 from mergekit_dam.formula import combine
-from mergekit_dam.model import offload
+from mergekit_dam.model import Recompute, offload
 from mergekit_dam.plan import plan_merge
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a CUDA device, and MERGEKIT_DAM_GPU=1"
 )
 CLOSE = {"compute_dtype": "float32"}
+# A head inside another model, experts, keys and values that layers share, convolutions, states.
+UNLIKE = [
+    "OPTForCausalLM", "MixtralForCausalLM", "Gemma3nForCausalLM", "Lfm2ForCausalLM",
+    "MambaForCausalLM",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +57,37 @@ def test_the_fit_is_that_of_a_cpu(recipe, models, tmp_path, start) -> None:
     path = recipe(models[:2], base_model=str(models[2]), dam={**CLOSE, "start": start})
     files = [fitted(path, tmp_path / device, device) for device in ("cpu", "cuda")]
     close(*files, atol=2e-3, rtol=1e-2)
+
+
+def test_one_source_is_fitted_as_on_a_cpu(recipe, models, tmp_path) -> None:
+    dam = {**CLOSE, "formula": "task_vectors", "start": "average"}
+    path = recipe(models[:1], base_model=str(models[2]), dam=dam)
+    files = [fitted(path, tmp_path / device, device) for device in ("cpu", "cuda")]
+    close(*files, atol=2e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_passes_of_other_kinds_are_those_of_a_cpu(recipe, tmp_path, name) -> None:
+    """In all three ways to recompute, none of which leaves anything behind."""
+    (architecture,) = (one for one in FITTED if one.name == name)
+    own = [architecture.save(tmp_path / f"m{seed}", seed) for seed in range(2)]
+    settings = read_recipe(str(recipe(own, dam=CLOSE)))
+    found = {}
+    for device, mode in (("cpu", "block"), *(("cuda", mode) for mode in get_args(Recompute))):
+        merged = prepare(settings, MergeOptions(quiet=True), device=device).merged
+        merged.recompute, step, held = mode, Distillation(merged, Objective()), []
+        rows = [Row([(7 * n + place) % 36 + 4 for place in range(9 + n)]) for n in range(2)]
+        inputs = {key: value.to(merged.device) for key, value in batch(rows, [0, 1]).items()}
+        for _ in range(3):
+            step.zero_grad()
+            step(**inputs)["loss"].backward()
+            held.append(torch.cuda.memory_allocated())
+        assert held[1] == held[2]
+        found[device, mode] = [c.grad.cpu() for c in merged.trained_coefficients().values()]
+    expected = found.pop(("cpu", "block"))
+    for gradients in found.values():
+        for one, other in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
 
 
 @pytest.mark.parametrize("granularity", ["column", "row"])

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import types
 
 import psutil
 import pytest
@@ -12,10 +13,13 @@ import tiny
 import torch
 import yaml
 from commands import run
+from mergekit.options import MergeOptions
 
 from mergekit_dam.coefficients import CoefficientFile
+from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import processes
+from mergekit_dam.fit import fit, processes, trainer
+from mergekit_dam.fit.device import choose_device
 from mergekit_dam.fit.processes import launch_problems, wait_for
 
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION": "bf16"}  # as `accelerate launch` may say
@@ -76,6 +80,36 @@ def test_what_accelerate_may_not_do_with_the_model_is_told(monkeypatch, name, va
     assert told.startswith(f"`accelerate launch` is set up with {name}={value}, but")
     monkeypatch.setenv(name, {"true": "False"}.get(value, "NO"))
     assert not list(launch_problems())
+
+
+@pytest.fixture
+def one_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+
+
+@pytest.mark.parametrize("rank", ["0", "3"])
+def test_each_process_takes_the_gpu_that_accelerate_gives_it(one_gpu, monkeypatch, rank):
+    """Also where each sees no other, as schedulers of clusters have it."""
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert choose_device("auto") == choose_device("cuda") == choose_device("cuda:0") == "cuda:0"
+    with pytest.raises(DamError, match="CUDA_VISIBLE_DEVICES=3 and give --device cuda"):
+        choose_device("cuda:3")
+
+
+def test_what_accelerate_keeps_on_the_cpu_stays_there(one_gpu, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert choose_device("auto") == choose_device("cpu") == "cpu"
+    with pytest.raises(DamError, match="--device cuda: accelerate is set up for the CPU"):
+        choose_device("cuda")
+
+
+def test_a_trainer_on_another_device_is_told(recipe, tmp_path, monkeypatch):
+    models = tiny.save_models(tmp_path, tiny.CONFIGS["llama"], 2)
+    arguments = types.SimpleNamespace(device=torch.device("meta"))
+    monkeypatch.setattr(trainer, "_arguments", lambda *_: arguments)
+    with pytest.raises(DamError, match="The fit computes on cpu, and accelerate chose meta"):
+        fit(read_recipe(str(recipe(models))), str(tmp_path / "out"), MergeOptions(quiet=True))
 
 
 def test_accelerate_launches_it(recipe, tmp_path):

@@ -269,6 +269,8 @@ def test_weighted_overlap_of_one_source_is_nothing() -> None:
 def test_one_source_has_no_pairs(term) -> None:
     value = term(coefficients(sources=1))
     assert value.item() == 0
+    elsewhere = [c.to("meta") for c in coefficients(sources=1)]
+    assert term(elsewhere).device.type == "meta"  # as any term, with which it is logged
 
 
 @pytest.mark.parametrize("term", [losses.similarity, losses.l1, losses.l2, losses.overlap])

@@ -4,6 +4,7 @@ import os
 from collections.abc import Collection
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import PretrainedConfig
 
 from mergekit_dam.config import Settings
@@ -15,24 +16,39 @@ NARROW = 512
 
 
 def choose_device(name: str) -> str:
-    """Under torchrun each process has a GPU of its own, the one that the Trainer takes too."""
+    """ "cpu", or a GPU with its number. Raises DamError for what is no device of this machine."""
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() and not _is_for_cpu() else "cpu"
     try:
         kind = torch.device(name).type
     except RuntimeError:
         kind = None
     if kind not in ("cpu", "cuda"):
         raise DamError(f"--device {name} is no device for a fit: use cpu, cuda or auto.")
-    if kind == "cuda" and not torch.cuda.is_available():
+    return _own_gpu(name) if kind == "cuda" else name
+
+
+def _own_gpu(name: str) -> str:
+    """Under torchrun each process has one of its own, the one that the Trainer takes too."""
+    if not torch.cuda.is_available():
         raise DamError(f"--device {name}: torch sees no CUDA device here; use --device cpu.")
-    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    if kind == "cuda" and name not in ("cuda", own):
+    if _is_for_cpu():
+        raise DamError(
+            f"--device {name}: accelerate is set up for the CPU (ACCELERATE_USE_CPU); leave that "
+            "out, or use --device cpu."
+        )
+    own = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    if name not in ("cuda", own):
         raise DamError(
             f"--device {name}: a fit takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES="
             f"{name.partition(':')[2]} and give --device cuda."
         )
-    return own if kind == "cuda" else name
+    return own
+
+
+def _is_for_cpu() -> bool:
+    """As `accelerate launch --cpu` says it, to which the Trainer listens."""
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def take(device: str) -> None:

@@ -152,10 +152,16 @@ def build_trainer(
     sources: Sequence[str],
 ) -> CoefficientTrainer:
     """`folder` holds the checkpoints; `device` is "cpu" or "cuda"; `sources` are the names that
-    the logs show."""
+    the logs show. Raises DamError where the Trainer would take another device than the model's."""
+    arguments, own = _arguments(settings, folder, device), distillation.merged.device
+    if arguments.device != own:
+        raise DamError(
+            f"The fit computes on {own}, and accelerate chose {arguments.device} for its Trainer: "
+            "leave ACCELERATE_TORCH_DEVICE out, and start one process for each GPU."
+        )
     trainer = CoefficientTrainer(
         model=distillation,
-        args=_arguments(settings, folder, device),
+        args=arguments,
         train_dataset=rows,
         data_collator=collate,
         sources=sources,
