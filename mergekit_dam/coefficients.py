@@ -4,7 +4,9 @@ A float32 tensor [N, *B] for each output tensor, under the output tensor's name,
 metadata entry `mergekit_dam` that holds the `Header` as JSON. See docs/file-format.md.
 """
 
+import filecmp
 import functools
+import glob
 import itertools
 import os
 import shutil
@@ -154,9 +156,25 @@ def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: He
 
 
 def _keep(path: Path) -> None:
-    """A copy under a name of its own, so that at no moment the path is without a file."""
-    with whole(next(name for name in _earlier_names(path) if not name.exists())) as copy:
+    """A copy under a name of its own, so that at no moment the path is without a file; a writer
+    that was killed may have made it already."""
+    for name in _earlier_names(path):
+        if not name.exists():
+            break
+        if filecmp.cmp(name, path, shallow=False):
+            return
+    with whole(name) as copy:
         shutil.copy2(path, copy)
+
+
+def tidy(path: str | os.PathLike) -> None:
+    """Remove what killed writers of a coefficient file have left beside it; no other may write it
+    now."""
+    path = Path(path)
+    own, stem, suffix = map(glob.escape, (path.name, path.stem, path.suffix))
+    for name in (own, f"{stem}.previous*{suffix}"):
+        for left in path.parent.glob(f".{name}.partial-*"):
+            left.unlink(missing_ok=True)
 
 
 def _earlier_names(path: Path) -> Iterator[Path]:

@@ -77,6 +77,14 @@ def is_whole(path: Path) -> bool:
         return path.stat().st_size == file.tell() + max(ends, default=0)
 
 
+def is_sound(path: Path) -> bool:
+    """Whether a safetensors file is there, and whole; a disk may have been full."""
+    try:
+        return is_whole(path)
+    except (DamError, OSError):
+        return False
+
+
 def _digest(lines) -> str:
     digest = hashlib.sha256()
     for line in lines:

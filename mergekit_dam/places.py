@@ -1,5 +1,6 @@
 """Where files can be written, and how they are replaced."""
 
+import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".*.partial-*"  # what a killed process may leave of `whole`
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user, a file
+# The same in the words of safetensors, and of torch, which tells no number.
+IN_WORDS = (*(f"(os error {number})" for number in NO_ROOM), "unexpected pos")
 
 
 @contextmanager
@@ -24,6 +28,15 @@ def whole(path: Path) -> Iterator[Path]:
 def free_disk(path: Path) -> int:
     """Bytes that are free where a file or folder is, or is to be."""
     return shutil.disk_usage(_there(path)).free
+
+
+def tells_of_full_disk(error: BaseException | None) -> bool:
+    """Whether an error, or one that it came of, says that there is no room for a file."""
+    while error is not None:
+        if getattr(error, "errno", None) in NO_ROOM or any(w in str(error) for w in IN_WORDS):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _there(path: Path) -> Path:

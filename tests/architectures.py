@@ -154,6 +154,10 @@ INFERRED = (
     Architecture("Olmo3ForCausalLM", "Olmo3Config"),
     Architecture("Exaone4ForCausalLM", "Exaone4Config", HEADS),
     Architecture("Ministral3ForCausalLM", "Ministral3Config", HEADS),
+    Architecture(
+        "BertLMHeadModel", "BertConfig", {"is_decoder": True, "max_position_embeddings": 128},
+        note="as a decoder",
+    ),
     Architecture("OPTForCausalLM", "OPTConfig", {"ffn_dim": 24, "word_embed_proj_dim": 16}),
     Architecture("BloomForCausalLM", "BloomConfig", {"n_head": 2, "n_layer": 2}),
     Architecture("Mamba2ForCausalLM", "Mamba2Config", {
@@ -303,6 +307,12 @@ REFUSED = (
     Architecture(
         "RwkvForCausalLM", "RwkvConfig", {"attention_hidden_size": 16},
         "it rescales its weights in place as it runs", reason="rescales its weights in place"),
+    Architecture(
+        "LlavaForConditionalGeneration", "LlavaConfig",
+        {"text_config": {"model_type": "llama"}, "image_token_index": 40,
+         "vision_config": {**IMAGES, "model_type": "clip_vision_model", "projection_dim": 8}},
+        "its tensors have other names in its files than in transformers, and mergekit keeps those",
+        reason="by the names that the sources' files have"),
     Architecture(
         "Qwen2VLForConditionalGeneration", "Qwen2VLConfig",
         {"text_config": with_sections(1, 1, 2),

@@ -1,6 +1,7 @@
 """Each line of the table of architectures, by a fit, a stock merge and a strict load."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import architectures
@@ -76,6 +77,17 @@ def expected_untrained(architecture: Architecture, names) -> set[str]:
     found = {part: {name for name in names if part in name} for part in architecture.untrained}
     assert all(found.values())
     return set().union(*found.values())
+
+
+def test_what_no_text_reaches_takes_no_memory_of_a_step(recipe, tmp_path):
+    """A large vision tower beside a small decoder."""
+    (gemma,) = (one for one in SEEING if one.name == "Gemma3ForConditionalGeneration")
+    large = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 4}
+    sizes = {**gemma.sizes, "vision_config": {**gemma.sizes["vision_config"], **large}}
+    needs = [prepared(recipe(save(one, tmp_path / name))).needs for name, one in (
+        ("small", gemma), ("large", replace(gemma, sizes=sizes))
+    )]  # fmt: skip
+    assert needs[0] == needs[1]
 
 
 @shows(
@@ -217,6 +229,17 @@ def test_what_is_no_causal_language_model_is_refused_by_name(name):
     config = getattr(transformers, NOT_CAUSAL[name])(architectures=[name])
     with pytest.raises(DamError, match=f"{name} is not a causal language model"):
         build_skeleton(config, ())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_sees_later_tokens_is_refused(recipe, tmp_path, dtype):
+    """A class and a config that say nothing of it."""
+    (bert,) = (one for one in FITTED if one.name == "BertLMHeadModel")
+    models = save(replace(bert, sizes={**bert.sizes, "is_decoder": False}), tmp_path)
+    path = recipe(models, dam={"compute_dtype": dtype})
+    said = refusal("mergekit-dam", "fit", path, "--quiet", "--device", "cpu")
+    assert "BertLMHeadModel with this config.json sees later tokens" in said
+    assert not list(tmp_path.glob("dam.safetensors*"))
 
 
 @pytest.mark.parametrize("name", OWN_CODE)

@@ -26,6 +26,7 @@ from mergekit_dam.coefficients import (
     Source,
     open_file,
     save,
+    tidy,
 )
 from mergekit_dam.errors import DamError
 
@@ -174,6 +175,36 @@ def test_the_same_file_again_leaves_no_previous(path: Path) -> None:
     for _ in range(2):
         save(path, values(), header())
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_writer_that_was_killed_keeps_an_earlier_file_once(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(path, values(0), header())
+    earlier, replace = path.read_bytes(), os.replace
+
+    def killed(source: Path, target: Path) -> None:
+        if target == path:  # the earlier file's copy is there
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        save(path, values(1), header())
+    save(path, values(1), header())
+    copy = path.parent / "dam.previous.safetensors"
+    assert copy.read_bytes() == earlier
+    assert set(path.parent.iterdir()) == {path, copy}
+
+
+def test_what_killed_writers_have_left_is_removed(tmp_path: Path) -> None:
+    path = tmp_path / "a[b].safetensors"
+    left = [".a[b].safetensors.partial-7", ".a[b].previous-2.safetensors.partial-7"]
+    others = [".b.safetensors.partial-7", ".ab.safetensors.partial-7"]
+    for name in (*left, *others):
+        (tmp_path / name).touch()
+    tidy(path)
+    assert {other.name for other in tmp_path.iterdir()} == set(others)
 
 
 def no_space(*_: Any) -> None:

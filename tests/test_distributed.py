@@ -165,23 +165,28 @@ def test_who_waits_ends_with_what_has_launched_it(monkeypatch):
 
 WAITING = """
 import time
-from mergekit_dam.fit import processes
-processes.end_with_launcher()
+from mergekit_dam.launcher import end_with_launcher
+end_with_launcher()
 print("waits", flush=True)
 time.sleep(60)
 """
 
 
-@pytest.mark.parametrize("is_launched", [True, False])
-def test_a_process_of_torchruns_ends_with_it(is_launched):
-    launcher = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
-    process = subprocess.Popen(
-        [sys.executable, "-c", launcher, WAITING],
+def launched(*arguments: str, **environment: str) -> subprocess.Popen:
+    """A process that starts another Python, with these arguments."""
+    launcher = "import subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]])"
+    return subprocess.Popen(
+        [sys.executable, "-c", launcher, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **({"TORCHELASTIC_RUN_ID": "none"} if is_launched else {})},
+        env={**os.environ, **environment},
     )
+
+
+@pytest.mark.parametrize("is_launched", [True, False])
+def test_a_process_of_torchruns_ends_with_it(is_launched):
+    process = launched("-c", WAITING, **({"TORCHELASTIC_RUN_ID": "none"} if is_launched else {}))
     assert process.stdout.readline() == "waits\n"
     (child,) = psutil.Process(process.pid).children()
     process.kill()
@@ -190,3 +195,19 @@ def test_a_process_of_torchruns_ends_with_it(is_launched):
     if not gone:
         child.kill()
     assert ("What launched this process has ended" in process.stderr.read()) == is_launched
+
+
+def test_a_command_of_torchruns_ends_with_it_from_its_first_moment_on(tmp_path):
+    """Also in the seconds in which it imports mergekit."""
+    (tmp_path / "mergekit.py").write_text(
+        "import time; print('imports', flush=True); time.sleep(60)"
+    )
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    process = launched("-m", "mergekit_dam", TORCHELASTIC_RUN_ID="none", PYTHONPATH=path)
+    assert process.stdout.readline() == "imports\n"
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    gone, alive = psutil.wait_procs([child], timeout=20)
+    for left in alive:
+        left.kill()
+    assert gone

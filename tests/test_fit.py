@@ -18,6 +18,7 @@ import torch
 import yaml
 from commands import SCRIPTS, kill_when, refusal, run
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 
 from mergekit_dam import losses
 from mergekit_dam.coefficients import CoefficientFile
@@ -34,8 +35,15 @@ from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.resume import PROGRESS, folder_of
-from mergekit_dam.fit.trainer import last_checkpoint
+from mergekit_dam.fit.resume import (
+    BEGINNING,
+    PROGRESS,
+    RECORD,
+    discard,
+    folder_of,
+    unwritable,
+)
+from mergekit_dam.fit.trainer import CoefficientTrainer, last_checkpoint
 
 QUIET = MergeOptions(quiet=True)
 
@@ -209,6 +217,167 @@ def test_killed_and_resumed_it_ends_the_same(recipe, models, tmp_path):
     before = os.stat(broken).st_mtime_ns
     run(*command, "--resume")  # is finished: nothing to do
     assert os.stat(broken).st_mtime_ns == before
+
+
+def killed_in_step(number: int, path: Path, out: Path, *, resume: bool = False) -> Path:
+    """A fit that was killed in one of its steps, counted from where it begins; returns the folder
+    that it left."""
+    step, begun = CoefficientTrainer.training_step, []
+
+    def killed(self, *arguments, **options):
+        begun.append(self)
+        if len(begun) == number:
+            raise KeyboardInterrupt
+        return step(self, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CoefficientTrainer, "training_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=resume)
+    return folder_of(out)
+
+
+def checkpoints_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+STEADY = {"steps": 8, "checkpoint_every": 2}
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"]
+)
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_what_a_checkpoint_lacks_is_computed_again(recipe, models, tmp_path, name, damage):
+    path, whole, out = recipe(models, dam=STEADY), tmp_path / "whole", tmp_path / "out"
+    fit(read_recipe(str(path)), str(whole), QUIET, device="cpu")
+    folder = killed_in_step(6, path, out)
+    assert checkpoints_in(folder) == ["checkpoint-2", "checkpoint-4"]
+    file = folder / "checkpoint-4" / name
+    file.unlink() if damage == "missing" else os.truncate(file, file.stat().st_size // 2)
+    assert Path(last_checkpoint(folder)).name == "checkpoint-2"
+    fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_checkpoint_of_which_another_process_wrote_half(recipe, models, tmp_path):
+    folder = killed_in_step(6, recipe(models, dam=STEADY), tmp_path / "out")
+    (folder / "checkpoint-4" / "rng_state_1.pth").touch()
+    assert Path(last_checkpoint(folder)).name == "checkpoint-2"
+
+
+@pytest.mark.parametrize("damaged", [["checkpoint-4"], ["checkpoint-2", "checkpoint-4"]], ids=str)
+def test_a_damaged_checkpoint_is_not_written_over(recipe, models, tmp_path, damaged):
+    """Killed meanwhile, that would leave a mix of two."""
+    path, out = recipe(models, dam=STEADY), tmp_path / "out"
+    folder = killed_in_step(6, path, out)
+    for name in damaged:
+        os.truncate(folder / name / "optimizer.pt", 100)
+    killed_in_step(1, path, out, resume=True)
+    assert checkpoints_in(folder) == sorted({"checkpoint-2", "checkpoint-4"} - {*damaged})
+
+
+def test_killed_while_it_removes_a_checkpoint_it_leaves_none(recipe, models, tmp_path, monkeypatch):
+    folder = killed_in_step(4, recipe(models, dam=STEADY), tmp_path / "out")
+    assert checkpoints_in(folder) == ["checkpoint-2"]
+
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        discard(folder)
+    assert checkpoints_in(folder) == ["checkpoint-2"]
+    assert last_checkpoint(folder) is None
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_killed_before_it_had_its_record_a_fit_begins_anew(recipe, models, tmp_path, resume):
+    out = tmp_path / "out"
+    folder_of(out).mkdir()
+    (folder_of(out) / f".{RECORD}.partial-7").write_text("{")
+    (tmp_path / ".out.partial-7").touch()  # of the coefficient file
+    fit(read_recipe(str(recipe(models))), str(out), QUIET, device="cpu", resume=resume)
+    assert out.exists()
+    assert not list(tmp_path.glob("out.*")) + list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize("damage", ["missing", "half"])
+def test_the_figures_of_a_solved_start_are_measured_again(recipe, models, tmp_path, damage):
+    path, whole, out = (
+        recipe(models, dam={**STEADY, "start": "least_squares"}),
+        *(tmp_path / name for name in ("whole", "out")),
+    )
+    fit(read_recipe(str(path)), str(whole), QUIET, device="cpu")
+    figures = killed_in_step(4, path, out) / BEGINNING
+    figures.unlink() if damage == "missing" else os.truncate(figures, 20)
+    fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_a_finished_fit_is_the_same_with_what_changes_no_result(
+    recipe, models, tmp_path, monkeypatch
+):
+    out = tmp_path / "dam.safetensors"
+    fit(read_recipe(str(recipe(models))), str(out), QUIET, device="cpu")
+    monkeypatch.setattr(stage, "_train", None)
+    for dam in ({"offload": "disk"}, {"recompute": "block"}):
+        path = str(recipe(models, dam=dam))
+        fit(read_recipe(path), str(out), QUIET, device="cpu", resume=True)
+
+
+def of_another(error: Exception) -> Exception:
+    other = RuntimeError("half a file")
+    other.__cause__ = error
+    return other
+
+
+FULL = [
+    OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+    of_another(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+    SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
+]
+
+
+@pytest.mark.parametrize("error", FULL, ids=repr)
+@pytest.mark.parametrize("moment", ["checkpoint", "end"])
+def test_a_full_disk_is_told_in_words(recipe, models, tmp_path, monkeypatch, error, moment):
+    def full(*_):
+        raise error
+
+    path, out = recipe(models, dam=STEADY), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        if moment == "checkpoint":
+            patch.setattr(CoefficientTrainer, "_save_checkpoint", full)
+        else:
+            patch.setattr(stage.files, "save", full)
+        with pytest.raises(DamError, match=f"The disk of {tmp_path} is full: make room and go on"):
+            fit(read_recipe(str(path)), str(out), QUIET, device="cpu")
+    assert folder_of(out).exists() == (moment == "end")  # with what to go on from
+    fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=True)
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_disk_is_looked_at_before_room_is_made(recipe, models, tmp_path, monkeypatch, is_full):
+    """torch may tell of a full disk in any words."""
+
+    def failing(*_):
+        raise RuntimeError("any words")
+
+    out = tmp_path / "out"
+    free = 0 if is_full else 10**12
+    monkeypatch.setattr(stage, "free_disk", lambda path: free if path.exists() else 10**12)
+    monkeypatch.setattr(CoefficientTrainer, "_save_checkpoint", failing)
+    expected = (DamError, "is full") if is_full else (RuntimeError, "^any words$")
+    with pytest.raises(expected[0], match=expected[1]):
+        fit(read_recipe(str(recipe(models, dam=STEADY))), str(out), QUIET, device="cpu")
+    assert not folder_of(out).exists()
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    for number, told in ((errno.ENOSPC, "is full: make room"), (errno.EACCES, "folder of yours")):
+        assert told in str(unwritable(tmp_path / "out.fit", OSError(number, "No")))
 
 
 def test_an_interrupted_fit_says_how_to_go_on(recipe, models, tmp_path):

@@ -13,9 +13,11 @@ from mergekit_dam.check import check, estimate
 from mergekit_dam.coefficients import CoefficientFile
 from mergekit_dam.config import read_recipe
 from mergekit_dam.errors import DamError
-from mergekit_dam.fit import fit, teachers
+from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fit import fit, stage, teachers
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.fit.resume import RECORD
 from mergekit_dam.fit.trainer import CoefficientTrainer
 from mergekit_dam.model import MergedModel
 
@@ -98,22 +100,89 @@ def test_killed_while_keeping_it_goes_on_and_ends_the_same(path, tmp_path, monke
 
 
 def test_a_full_disk_is_told_and_leaves_no_half_file(path, tmp_path, monkeypatch):
-    save, saved = teachers.save_file, []
+    write, written = Path.write_bytes, []
 
-    def full(tensors, file):
-        save(tensors, file)
-        if len(saved) == 2:
+    def full(file, data):
+        write(file, data)
+        if file.parent.suffix != ".teachers":
+            return
+        if len(written) == 2:
             os.truncate(file, 100)
             raise OSError(28, "No space left on device")
-        saved.append(file)
+        written.append(file)
 
-    monkeypatch.setattr(teachers, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(DamError, match=r"No space left.*make room"):
         fitted(path, tmp_path / "out.safetensors")
     kept = list((tmp_path / "out.safetensors.teachers").iterdir())
     assert len(kept) == 2
-    assert all(teachers.is_whole(file) for file in kept)
+    assert all(is_whole(file) for file in kept)
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_killed_while_writing_it_leaves_nothing_that_is_not_removed(path, tmp_path, monkeypatch):
+    """A file that safetensors writes by itself would have another name until it is whole."""
+    write, named = Path.write_bytes, []
+
+    def killed(file, data):
+        write(file, data)
+        if file.parent.suffix == ".teachers":
+            named.append(file.name)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "write_bytes", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fitted(path, tmp_path / "out.safetensors")
+    assert teachers.FILE.fullmatch(named[0])
+
+
+@pytest.mark.parametrize("damage", [b"", bytes(200), b"[]"])
+def test_a_damaged_file_is_computed_again(path, tmp_path, damage):
+    prepared = prepare(read_recipe(path), QUIET, device="cpu")
+    kept = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", "")
+    rows = [source.train for source in prepared.data]
+    kept.keep(rows)
+    file = next((tmp_path / "kept").iterdir())
+    sound = file.read_bytes()
+    file.write_bytes(damage)
+    kept.keep(rows)
+    assert file.read_bytes() == sound
+
+
+def test_rows_that_are_grouped_otherwise_have_other_files(path, tmp_path):
+    """Their states differ in their last bits."""
+    prepared = prepare(read_recipe(path), QUIET, device="cpu")
+    found = []
+    for at_once in ((60, 4), (60, 4), (60, 1), (30, 4)):
+        kept = teachers.KeptTeachers(prepared.merged, tmp_path / "kept", "", *at_once)
+        kept.keep([source.train for source in prepared.data])
+        found.append(frozenset(kept._files.values()))
+    assert found[0] == found[1]
+    assert len(set(found)) == 3
+    assert set((tmp_path / "kept").iterdir()) == found[-1]
+
+
+def killed(*_) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("moment", ["before the checkpoints", "before the folders"])
+def test_killed_at_its_very_end_a_fit_leaves_nothing(path, tmp_path, monkeypatch, moment):
+    out = tmp_path / "out.safetensors"
+    states, folder = Path(f"{out}.teachers"), Path(f"{out}.fit")
+    if moment == "before the checkpoints":
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(stage, "discard", killed)
+            fitted(path, out)
+        assert not states.exists()
+        assert (folder / RECORD).exists()
+    else:
+        fitted(path, out)
+        folder.mkdir()
+        states.mkdir()
+        (states / f"0-{'a' * 24}.safetensors").touch()
+    fitted(path, out, resume=True)
+    assert list(tmp_path.glob("out.*")) == [out]
 
 
 def test_other_data_or_sources_have_other_files(path, tmp_path):

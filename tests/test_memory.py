@@ -54,6 +54,27 @@ STEPS = {
     "window": (transformers.Gemma3TextConfig(**SMALL, head_dim=64, sliding_window=48), 400),
     "every pair of tokens": (transformers.Gemma2Config(**SMALL, head_dim=64), 400),  # eager
     "head": (transformers.LlamaConfig(**{**SMALL, "vocab_size": 32_000}), 8),
+    "caps": (transformers.Gemma2Config(**{**SMALL, "vocab_size": 8192}, head_dim=64), 128),
+    "chunks of caps": (
+        transformers.Gemma2Config(**{**SMALL, "vocab_size": 8192}, head_dim=64), 600
+    ),
+    "scaled logits": (
+        transformers.CohereConfig(**{**SMALL, "vocab_size": 8192}, use_qk_norm=True), 128
+    ),
+    "llama4": (  # its inner model is not where its prefix says
+        transformers.Llama4TextConfig(
+            **{**SMALL, "vocab_size": 8192}, head_dim=64, num_local_experts=2,
+            intermediate_size_mlp=320,
+        ),
+        128,
+    ),
+    "narrow head": (
+        transformers.OPTConfig(
+            **{**SMALL, "vocab_size": 8192, "max_position_embeddings": 256}, ffn_dim=320,
+            word_embed_proj_dim=32,
+        ),
+        60,
+    ),
     "tables": (  # one for the inputs of each layer
         transformers.Gemma4TextConfig(
             **{**SMALL, "num_hidden_layers": 4}, head_dim=64, global_head_dim=64,

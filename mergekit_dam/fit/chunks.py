@@ -91,7 +91,8 @@ class ChunkedLoss:
             return []
         inputs = [states] if states.requires_grad else []
         inputs += [leaf for _, leaf in self._trained]
-        return list(torch.autograd.grad(logits, inputs, slope))
+        # A head may have weights that it does not use: a bias beside the one that is tied to it.
+        return list(torch.autograd.grad(logits, inputs, slope, materialize_grads=True))
 
     def _section(
         self,

@@ -11,7 +11,7 @@ from mergekit_dam.config.recipe import data_entries
 from mergekit_dam.data import Row, SourceData
 from mergekit_dam.fit import processes
 from mergekit_dam.fit.device import choose_dtype
-from mergekit_dam.fit.memory import Needs, frozen_parameters, needs
+from mergekit_dam.fit.memory import Needs, chunk_of, frozen_parameters, needs
 from mergekit_dam.fit.optimizer import memory as optimizer_memory
 from mergekit_dam.fit.place import Place, groups_of, place
 from mergekit_dam.fit.start import choose_start, foreseen_shapes, trained_tensors
@@ -20,6 +20,7 @@ from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import StartNeeds, start_needs
 from mergekit_dam.model import Skeleton, build_skeleton
 from mergekit_dam.model.activations import Activations, measure
+from mergekit_dam.model.logits import Logits, measure_head
 from mergekit_dam.plan import Plan
 
 CACHE = {"default_factory": dict, "init": False, "repr": False, "compare": False}
@@ -58,6 +59,7 @@ class Outline:
     data: Sequence[SourceData]  # of each source, where all were read
     # What was measured for other settings.
     _steps: dict[Hashable, dict[int, Activations]] = field(**CACHE)
+    _heads: dict[Hashable, Logits] = field(**CACHE)
     _starts: dict[Hashable, StartNeeds] = field(**CACHE)
 
     def foresee(self, settings: Settings) -> Forecast:
@@ -77,6 +79,7 @@ class Outline:
             dtype,
             work,
             self._of_step(work.lengths, dtype, trained),
+            self._of_head(work, dtype, trained),
             settings.objective,
             device=self.device,
             is_cast=is_cast,
@@ -112,6 +115,17 @@ class Outline:
                 trust_remote_code=self.plan.options.trust_remote_code,
             )  # fmt: skip
         return found
+
+    def _of_head(self, work: Workload, dtype: torch.dtype, trained: Collection[str]) -> Logits:
+        config = self.plan.model_config
+        chunk = chunk_of(work, config.get_text_config().vocab_size)
+        key = dtype, frozenset(trained), chunk
+        if key not in self._heads:
+            self._heads[key] = measure_head(
+                config, dtype, chunk, frozen_parameters(self.skeleton, trained),
+                trust_remote_code=self.plan.options.trust_remote_code,
+            )  # fmt: skip
+        return self._heads[key]
 
     def _of_start(
         self,

@@ -17,6 +17,7 @@ from mergekit_dam.fit.workload import Workload
 from mergekit_dam.formula import at_once
 from mergekit_dam.model import Recompute, Skeleton
 from mergekit_dam.model.activations import Activations
+from mergekit_dam.model.logits import Logits
 from mergekit_dam.model.lookup import is_shared
 from mergekit_dam.model.mixture import serves
 
@@ -112,6 +113,7 @@ def needs(
     dtype: torch.dtype,
     work: Workload,
     kept: Mapping[int, Activations],  # of rows of each of its lengths
+    logits: Logits,  # of a chunk of them, see `chunk_of`
     objective: Objective,
     *,
     device: str,
@@ -123,7 +125,7 @@ def needs(
 ) -> Needs:
     model = skeleton.model  # what its ends take, the losses between them take more
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    inner = {p: b for p, b in skeleton.blocks() if not any(b is end for end in ends)}
+    inner = {p: b for p, b in skeleton.read_blocks() if not any(b is end for end in ends)}
     names = {path: skeleton.tensors.get(f"{path}.weight") for path in inner}
     tables = {p: b for p, b in inner.items() if isinstance(b, nn.Embedding) and names[p]}
     own = {path: block for path, block in inner.items() if path not in tables}
@@ -134,8 +136,7 @@ def needs(
         for name, parameter in own[most].named_parameters()
         if f"{most}.{name}" not in frozen
     ]
-    text = config.get_text_config()
-    vocabulary, width, tokens = text.vocab_size, text.hidden_size, sum(work.largest)
+    vocabulary, tokens = config.get_text_config().vocab_size, sum(work.largest)
     teachers, numbers = len(work.largest), list(trained.values())
     where = torch.device(device)
     known, coefficients, last = _of_coefficients(numbers, sources, teachers, objective)
@@ -146,7 +147,7 @@ def needs(
         rows=work.rows,
         groups=tuple(max(passes, key=lambda own: sum(r.tokens * r.kept.all for r in own))),
         widest=work.widest,
-        states=tokens * width * dtype.itemsize,
+        states=tokens * logits.width * dtype.itemsize,
         taught=max(tokens * kept[length].taught for tokens, length in _taught(work, where)),
         alone=work.alone * (kept[work.alone].taught + PATHS * KEPT * kept[work.alone].given),
         piece=_of_a_piece(max(with_gradients, default=0), dtype, where),
@@ -156,13 +157,13 @@ def needs(
         gradients=sum(with_gradients) * dtype.itemsize,
         matrix=max(with_gradients, default=0) * dtype.itemsize,
         table=max(looked_up, default=0) * dtype.itemsize,
-        head=vocabulary * width * dtype.itemsize * (2 if is_cast else 1),
-        losses=_at_head(work, vocabulary, width, dtype, objective, where),
+        head=logits.weights * dtype.itemsize * (2 if is_cast else 1),
+        losses=_at_head(work, vocabulary, logits, dtype, objective, where),
         coefficients=coefficients,
         optimizer=optimizer[0],
         known=known,
         last=max(optimizer[1], last),
-        parameters=sum(sizes.values()) + vocabulary * width,
+        parameters=sum(sizes.values()) + logits.weights,
     )
 
 
@@ -216,21 +217,28 @@ def _of_table(table: torch.Tensor, tokens: int, coefficients: Sequence[int]) -> 
 def _at_head(
     work: Workload,
     vocabulary: int,
-    width: int,
+    logits: Logits,
     dtype: torch.dtype,
     objective: Objective,
     device: torch.device,
 ) -> int:
     """Of a chunk of tokens: its logits and their gradients, and beside them what the terms make of
     a piece of one source's, or the gradient that it adds to the head's."""
-    tokens, weights, size = sum(work.largest), vocabulary * width, dtype.itemsize
-    chunk = _longest(tokens, vocabulary, chunks.CHUNK)
+    chunk, size = chunk_of(work, vocabulary), dtype.itemsize
     section = min(chunk, work.widest)
     piece = _longest(section, vocabulary, chunks.piece_of(device))
-    is_sum = chunk < tokens  # of several chunks' gradients
+    is_sum = chunk < sum(work.largest)  # of several chunks' gradients, in float32
     terms = vocabulary * (section * size + piece * _of_a_logit(objective, dtype))
-    added = weights * size if is_sum or size < 4 else 0
-    return 2 * chunk * vocabulary * size + max(terms + 4 * weights * is_sum, 4 * weights + added)
+    added = 4 * logits.trained
+    return max(
+        logits.kept + terms + added * is_sum,
+        logits.most + added * (is_sum or size < 4),
+    )
+
+
+def chunk_of(work: Workload, vocabulary: int) -> int:
+    """Tokens of which there are logits at once."""
+    return _longest(sum(work.largest), vocabulary, chunks.CHUNK)
 
 
 def _longest(tokens: int, vocabulary: int, numbers: int) -> int:

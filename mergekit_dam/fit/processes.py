@@ -1,10 +1,7 @@
 """The processes that share a fit, as torchrun and `accelerate launch` tell them."""
 
-import functools
 import logging
 import os
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
@@ -52,23 +49,6 @@ def launch_problems() -> Iterator[str]:
 def is_first_here() -> bool:
     """Of the processes on this machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
-
-
-@functools.cache
-def end_with_launcher() -> None:
-    """From now on, a process of torchrun's ends when torchrun does. A launcher that is killed ends
-    none of them: they would wait for each other in torch's own code, or write beside those that are
-    started next."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_watch, args=[os.getppid()], daemon=True).start()
-
-
-def _watch(launcher: int, pause: float = 1.0) -> None:
-    while os.getppid() == launcher:
-        time.sleep(pause)
-    sys.stderr.write("Error: What launched this process has ended, so it ends, too.\n")
-    sys.stderr.flush()
-    os._exit(1)  # in the midst of anything: files are replaced whole
 
 
 def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:

@@ -15,14 +15,15 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from transformers.trainer import TRAINER_STATE_NAME
 
 from mergekit_dam.coefficients import Figures, Header, Source
 from mergekit_dam.config.settings import STARTS
 from mergekit_dam.data import SourceData
 from mergekit_dam.errors import DamError
 from mergekit_dam.fit import processes
-from mergekit_dam.fit.trainer import last_checkpoint
-from mergekit_dam.places import PARTIAL, whole
+from mergekit_dam.fit.trainer import checkpoints, is_whole, last_checkpoint
+from mergekit_dam.places import PARTIAL, tells_of_full_disk, whole
 from mergekit_dam.sources import contents
 
 HOW = ("report_to", "recompute", "offload")  # settings that change no result
@@ -96,25 +97,49 @@ def find_checkpoint(folder: Path, same: dict[str, Any], *, resume: bool) -> str 
 
     `same` is the identity of the fit that is to go on.
     """
-    record, last = folder / RECORD, last_checkpoint(folder)
+    last = last_checkpoint(folder)
     if last is None and not (resume and (folder / PROGRESS).exists()):
         if processes.is_main():
-            for path in _kept_files(folder):
-                path.unlink(missing_ok=True)
-            _write(record, same)
+            _begin(folder, same)
         return None
-    earlier = _read(record)
+    earlier = _read(folder / RECORD)
     changed = sorted(key for key in {*same, *earlier} if same.get(key) != earlier.get(key))
     if changed:
         raise DamError(
             f"{folder} was begun with other settings ({', '.join(changed)}): restore them to "
             "resume, or remove the folder to start over."
         )
+    if processes.is_main():
+        _remove_damaged(folder)
     return last
 
 
+def _begin(folder: Path, same: dict[str, Any]) -> None:
+    _remove_damaged(folder)
+    for path in _kept_files(folder):
+        path.unlink(missing_ok=True)
+    _write(folder / RECORD, same)
+
+
+def _remove_damaged(folder: Path) -> None:
+    """The Trainer would write over such a checkpoint, file by file: killed meanwhile, it would
+    leave a mix of two that looks whole."""
+    for checkpoint in checkpoints(folder):
+        if not is_whole(checkpoint):
+            _remove(checkpoint)
+
+
+def _remove(checkpoint: Path) -> None:
+    """Killed meanwhile, it leaves none that looks whole, as the Trainer's state goes first."""
+    with contextlib.suppress(OSError):
+        (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
+    shutil.rmtree(checkpoint, ignore_errors=True)
+
+
 def belongs(folder: Path, same: dict[str, Any]) -> bool:
-    """Whether the checkpoints in a folder are those of the fit with this identity."""
+    """Whether a folder holds nothing of another fit than the one with this identity."""
+    if not (folder / RECORD).exists():
+        return True
     try:
         return _read(folder / RECORD) == same
     except DamError:
@@ -134,8 +159,8 @@ def foreign_problem(folder: Path) -> str:
 def _is_foreign(folder: Path) -> bool:
     if not folder.is_dir():
         return folder.exists()
-    is_empty = all(path.name == LOGS for path in folder.iterdir())
-    return not is_empty and not (folder / RECORD).exists()
+    of_a_fit = {folder / LOGS, *folder.glob(PARTIAL)}  # killed before it had its record
+    return not of_a_fit.issuperset(folder.iterdir()) and not (folder / RECORD).exists()
 
 
 def discard_empty(folder: Path) -> None:
@@ -146,13 +171,15 @@ def discard_empty(folder: Path) -> None:
 
 
 def discard(folder: Path) -> None:
-    """Remove the checkpoints of a fit, and nothing else that may lie beside them."""
-    if not processes.is_main() or not (folder / RECORD).exists():
+    """Remove the checkpoints of a fit, and nothing else that may lie beside them. The record, which
+    tells that they are a fit's, goes last."""
+    if not processes.is_main():
         return
-    for checkpoint in folder.glob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    for path in (*_kept_files(folder), folder / RECORD):
-        path.unlink(missing_ok=True)
+    if (folder / RECORD).exists():
+        for checkpoint in checkpoints(folder):
+            _remove(checkpoint)
+        for path in (*_kept_files(folder), folder / RECORD):
+            path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # logs of the Trainer's integrations stay
         folder.rmdir()
 
@@ -209,7 +236,16 @@ def _write(record: Path, same: dict[str, Any]) -> None:
         raise unwritable(record.parent, error) from error
 
 
+def full_disk(folder: Path) -> DamError:
+    return DamError(
+        f"The disk of {folder.parent} is full: make room and go on with --resume. Earlier "
+        "checkpoints and coefficient files are whole."
+    )
+
+
 def unwritable(folder: Path, error: OSError) -> DamError:
+    if tells_of_full_disk(error):
+        return full_disk(folder)
     return DamError(
         f"{folder} cannot be written ({error.strerror}): the fit keeps its checkpoints there, "
         "beside the coefficient file; give a path in a folder of yours."

@@ -1,12 +1,14 @@
 """The fit, from a recipe to the coefficient file."""
 
+import contextlib
 import functools
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from mergekit.options import MergeOptions
+from safetensors import SafetensorError
 
 from mergekit_dam import coefficients as files
 from mergekit_dam.config import Recipe
@@ -16,6 +18,7 @@ from mergekit_dam.fit import processes, teachers
 from mergekit_dam.fit.alone import alone
 from mergekit_dam.fit.batches import StepRows
 from mergekit_dam.fit.calibration import calibrate
+from mergekit_dam.fit.causal import require_causal
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.interrupt import Interrupt
 from mergekit_dam.fit.objective import Distillation
@@ -29,6 +32,7 @@ from mergekit_dam.fit.resume import (
     discard_empty,
     find_checkpoint,
     folder_of,
+    full_disk,
     keep_figures,
     kept_figures,
     require_place,
@@ -37,8 +41,9 @@ from mergekit_dam.fit.resume import (
 from mergekit_dam.fit.trainer import CoefficientTrainer, build_trainer, history
 from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Best, Watch, watched
+from mergekit_dam.launcher import end_with_launcher
 from mergekit_dam.model import MergedModel
-from mergekit_dam.places import free_disk
+from mergekit_dam.places import free_disk, tells_of_full_disk
 
 ALMOST_NOTHING = 1_000_000  # bytes
 
@@ -58,9 +63,11 @@ def fit(
     with `resume`, it ends with the same coefficients.
     Raises DamError for every mistake of the user's.
     """
-    processes.end_with_launcher()
+    end_with_launcher()
     with alone(folder_of(out)):
         require_place(folder_of(out), resume=resume)
+        if is_main():
+            files.tidy(out)
         prepared = prepare(recipe, options, device=device, data=data, out=out)
         return _fit(prepared, out, resume=resume, quiet=options.quiet)
 
@@ -72,18 +79,29 @@ def _fit(prepared: Fit, out: str, *, resume: bool, quiet: bool) -> files.Header:
             _discard_all(folder)
         return files.open_file(out).header
     checkpoint = find_checkpoint(folder, prepared.identity, resume=resume)
-    try:
+    with _in_our_words(prepared, folder):
         with Interrupt() as interrupt:
             header = _train(prepared, folder, checkpoint, interrupt, resume=resume, quiet=quiet)
-    except (DamError, OSError, RuntimeError) as error:
+        if is_main():
+            files.save(out, prepared.merged.coefficients(), header)
+    _discard_all(folder)
+    return header
+
+
+@contextlib.contextmanager
+def _in_our_words(prepared: Fit, folder: Path) -> Iterator[None]:
+    """A context for the fit of a folder, which tells its errors in sentences and leaves nothing
+    that no fit could go on from."""
+    try:
+        yield
+    except (DamError, OSError, RuntimeError, SafetensorError) as error:
+        told = _in_words(error, folder)  # before anything makes room
         discard_empty(folder)
         if isinstance(error, NotFiniteError):
             _blame_sources(prepared)
-        raise _in_words(error, folder) from error
-    if is_main():
-        files.save(out, prepared.merged.coefficients(), header)
-        _discard_all(folder)
-    return header
+        if told is error:
+            raise
+        raise told from error
 
 
 def forget(out: str) -> None:
@@ -97,9 +115,10 @@ def forget(out: str) -> None:
 
 
 def _discard_all(folder: Path) -> None:
+    """The teachers' states first: what is left when this is killed tells whose they are."""
     if is_main():
-        discard(folder)
         teachers.discard(states_of(folder))
+        discard(folder)
 
 
 def _blame_sources(prepared: Fit) -> None:
@@ -116,20 +135,19 @@ def _blame_sources(prepared: Fit) -> None:
 
 def _in_words(error: Exception, folder: Path) -> Exception:
     """torch and safetensors tell of a full disk in words of their own."""
-    if isinstance(error, DamError) or free_disk(folder) > ALMOST_NOTHING:
+    if isinstance(error, DamError):
         return error
-    return DamError(
-        f"The disk of {folder.parent} is full: make room and go on with --resume. Earlier "
-        "checkpoints and coefficient files are whole."
-    )
+    is_full = tells_of_full_disk(error) or free_disk(folder) <= ALMOST_NOTHING
+    return full_disk(folder) if is_full else error
 
 
 def is_fitted(out: str, header: files.Header) -> bool:
-    """Whether `out` is the finished result of this very fit."""
+    """Whether `out` is the finished result of this very fit; `identity` tells of its settings, but
+    for those that change no result."""
     if not Path(out).exists():
         return False
     done = files.open_file(out).header
-    return done.model_copy(update={"results": None}) == header
+    return done.model_copy(update={"results": None, "settings": header.settings}) == header
 
 
 def _train(
@@ -146,9 +164,12 @@ def _train(
     room = {"tokens": needs.tokens, "at_head": needs.widest, "rows": needs.rows}
     figures_on = functools.partial(evaluate, merged, **room, known_tokens=prepared.known_tokens)
     figures = functools.partial(figures_on, [source.held_out for source in prepared.data])
+    require_causal(merged)
     with merged.as_average():
         before = figures()
-    if settings.start == "least_squares" and checkpoint is None:
+    # The figures of a start that nothing tells of are measured, so it is gone to once more.
+    is_known = checkpoint is not None and kept_figures(folder) is not None
+    if settings.start == "least_squares" and not is_known:
         calibrate(merged, prepared.data, settings, folder, figures_on, resume=resume, quiet=quiet)
     if settings.max_steps:
         results = _step(prepared, folder, checkpoint, interrupt, before, figures, quiet=quiet)

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mergekit_dam.config import Settings
 from mergekit_dam.data import Row, together
 from mergekit_dam.errors import DamError
-from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fingerprint import is_sound
 from mergekit_dam.fit import processes
 from mergekit_dam.fit.batches import StepRows, batch
 from mergekit_dam.fit.memory import size
@@ -35,8 +35,9 @@ FILE = re.compile(r"\.?\d+-[0-9a-f]{24}\.safetensors(\.partial-\d+)?")
 class KeptTeachers:
     """Gives a source's states on rows, from files where they are there.
 
-    A file's name is made of its rows and of `fingerprint`, which stands for the source and all
-    else that the states depend on: what belongs to another fit is never taken for this one's.
+    A file's name is made of its rows, of how many of them go through the source at once, which
+    changes the last bits, and of `fingerprint`, which stands for the source and all else that the
+    states depend on: what belongs to another fit is never taken for this one's.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class KeptTeachers:
         for path in _files(self._folder):
             if path not in missing:
                 path.unlink(missing_ok=True)
-            elif is_whole(path):
+            elif is_sound(path):
                 del missing[path]
         width = self._merged.model.config.get_text_config().hidden_size
         needed = bytes_of(missing.values(), width, self._merged.dtype)
@@ -103,7 +104,7 @@ class KeptTeachers:
 
     def _keep(self, source: int, rows: Sequence[Row]) -> None:
         path = self._path(source, rows)
-        if not (path.exists() and is_whole(path)):
+        if not is_sound(path):
             self._write(path, source, rows)
         self._files |= {(source, _key(row)): path for row in rows}
 
@@ -121,8 +122,8 @@ class KeptTeachers:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             with whole(path) as partial:
-                save_file(tensors, partial)
-        except Exception as error:  # safetensors has an exception of its own for a full disk
+                partial.write_bytes(save(tensors))  # `save_file`, killed, leaves a file of its own
+        except OSError as error:
             raise DamError(
                 f"The teachers' states cannot be kept in {self._folder} ({error}): make room and "
                 "start again, which goes on from there, or set `dam.teacher: live`."
@@ -142,7 +143,7 @@ class KeptTeachers:
             return file.get_tensor(key)
 
     def _path(self, source: int, rows: Sequence[Row]) -> Path:
-        digest = hashlib.sha256(f"{self._fingerprint} {source}".encode())
+        digest = hashlib.sha256(f"{self._fingerprint} {source} {self._at_once}".encode())
         for row in rows:
             digest.update(_key(row).encode())
         return self._folder / f"{source}-{digest.hexdigest()[:24]}.safetensors"

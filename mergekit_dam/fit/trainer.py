@@ -15,12 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ProgressCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from mergekit_dam.coefficients import Point
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.errors import DamError, NotFiniteError, in_one_line
-from mergekit_dam.fingerprint import is_whole
+from mergekit_dam.fingerprint import is_sound
 from mergekit_dam.fit.batches import ByLength, StepRows, collate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.optimizer import STEP, DifferencesAdamW, parameter_groups
@@ -154,7 +156,8 @@ def build_trainer(
     """`folder` holds the checkpoints; `device` is "cpu" or "cuda"; `sources` are the names that
     the logs show. Raises DamError where the Trainer would take another device than the model's."""
     arguments, own = _arguments(settings, folder, device), distillation.merged.device
-    if arguments.device != own:
+    # Under torchrun accelerate numbers the CPU, too.
+    if arguments.device != own and not arguments.device.type == own.type == "cpu":
         raise DamError(
             f"The fit computes on {own}, and accelerate chose {arguments.device} for its Trainer: "
             "leave ACCELERATE_TORCH_DEVICE out, and start one process for each GPU."
@@ -221,24 +224,32 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint: the Trainer writes its state last, so a killed writer leaves
-    a folder without it or with half of it."""
+    """The newest whole checkpoint."""
+    whole = [path for path in checkpoints(folder) if is_whole(path)]
+    return str(whole[-1]) if whole else None
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Whole ones and others, oldest first."""
     found = []
     for path in folder.glob("checkpoint-*"):
-        match = CHECKPOINT.search(path.name)
-        if match and _is_json(path / "trainer_state.json") and _is_whole(path):
+        if match := CHECKPOINT.search(path.name):
             found.append((int(match.group(1)), path))
-    return str(max(found)[1]) if found else None
+    return [path for _, path in sorted(found)]
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether the coefficients and the optimiser can be read; a disk may have been full."""
-    try:
-        return is_whole(checkpoint / "model.safetensors") and zipfile.is_zipfile(
-            checkpoint / "optimizer.pt"
-        )
-    except (DamError, OSError):
-        return False
+def is_whole(checkpoint: Path) -> bool:
+    """Whether all can be read that a fit goes on with. The Trainer writes its state last, so a
+    killed writer leaves a folder without it or with half of it; but a disk may have been full, and
+    of several processes each keeps its own random numbers, and may be killed alone."""
+    numbers = list(checkpoint.glob("rng_state*.pth"))
+    archives = [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *numbers]
+    return (
+        _is_json(checkpoint / TRAINER_STATE_NAME)
+        and is_sound(checkpoint / SAFE_WEIGHTS_NAME)
+        and bool(numbers)
+        and all(map(zipfile.is_zipfile, archives))
+    )
 
 
 def _is_json(path: Path) -> bool:

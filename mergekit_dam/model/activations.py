@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.model.live import Live, storage_of, tensors
 from mergekit_dam.model.skeleton import blocks_of, make_model
+from mergekit_dam.model.split import inner_model
 from mergekit_dam.model.storageless import inner_width, without_storage
 
 TOKENS = (64, 97)  # of the trials: parts of a row that are a multiple of one are not of the other
@@ -179,15 +180,17 @@ def _at_most(model: nn.Module, tokens: int, kept: _Kept) -> tuple[float, float, 
 
 def _run(model: nn.Module, rows: int, tokens: int, before: Callable, after: Callable) -> None:
     """A pass, with hooks around each block."""
+    inner = inner_model(model)
+    inside = set(inner.modules())
     with ExitStack() as hooks:
-        for _, block in blocks_of(model.base_model):
+        for block in (block for _, block in blocks_of(model) if block in inside):
             for add, hook in (
                 (block.register_forward_pre_hook, before),
                 (block.register_forward_hook, after),
             ):
                 hooks.callback(add(hook, with_kwargs=True).remove)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        model.base_model(input_ids=ids, use_cache=False)
+        inner(input_ids=ids, use_cache=False)
 
 
 class _Enough(Exception):

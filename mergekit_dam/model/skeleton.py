@@ -4,6 +4,7 @@ No code here is for one architecture: transformers builds the modules, and the r
 parameters follow from the kinds of modules that own them.
 """
 
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -53,6 +54,11 @@ class Skeleton:
     def blocks(self) -> Iterator[tuple[str, nn.Module]]:
         """The parts whose weights are made together, with their full names."""
         return blocks_of(self.model)
+
+    def read_blocks(self) -> Iterator[tuple[str, nn.Module]]:
+        """Those that text goes through."""
+        read = _read_by_text(self.model)
+        return ((path, block) for path, block in self.blocks() if f"{path}.".startswith(read))
 
     def inputs(self, path: str) -> set[str]:
         """The output tensors that a block's weights are made of."""
@@ -153,22 +159,25 @@ def _output_names(
             continue
         source = direct.get(name) or direct.get(tied.get(name, name))
         if source is None:
-            raise DamError(_unwritten(name, architecture))
+            raise DamError(_unwritten(name, architecture, model.state_dict()))
         names[name] = source
     return names
 
 
-def _unwritten(name: str, architecture: str) -> str:
+def _unwritten(name: str, architecture: str, parameters: Collection[str]) -> str:
     """Why the merge lacks a parameter: mergekit describes another model; or it describes none,
-    infers the layers, and keeps what all of them have."""
+    infers the layers, and keeps what all of them have, by the names that the files have."""
     reason = (
         "mergekit's description of this architecture lacks it (an option in config.json, or a "
         "newer transformers, has added it)"
     )
     if architecture not in NAME_TO_ARCH:
         reason = (
-            "mergekit does not describe this architecture; it takes all layers to be alike, and "
-            "drops tensors that some of them lack"
+            "mergekit does not describe this architecture, and merges tensors by the names that "
+            "the sources' files have, which here are others than the model's"
+            if _is_everywhere(name, parameters)
+            else "mergekit does not describe this architecture; it takes all layers to be alike, "
+            "and drops tensors that some of them lack"
         )
     return (
         f"The merge has no tensor for {name} of {architecture}, so it cannot be fitted, and would "
@@ -176,31 +185,48 @@ def _unwritten(name: str, architecture: str) -> str:
     )
 
 
+def _is_everywhere(name: str, parameters: Collection[str]) -> bool:
+    """Whether all layers have such a parameter; or it is no layer's."""
+    layers, number, rest = re.fullmatch(r"(?:(.*?)\.(\d+)\.)?(.*)", name).groups()
+    if number is None:
+        return True
+    others = {
+        own.removeprefix(f"{layers}.").partition(".")[0]
+        for own in parameters
+        if own.startswith(f"{layers}.")
+    }
+    return all(f"{layers}.{other}.{rest}" in parameters for other in others)
+
+
 def _roles(
     model: PreTrainedModel, tensors: dict[str, str], assemblies: Assemblies
 ) -> dict[str, Role]:
     """Output tensor -> what it is in the model."""
     owners, roles = dict(_owners(model)), {}
-    read = [f"{part}." if part else "" for part in _read_by_text(model)]
+    read = _read_by_text(model)
     for parameter, name in tensors.items():
         module, value = owners.get(parameter, (None, None))  # none: a buffer
-        if value is not None and value.requires_grad and parameter.startswith(tuple(read)):
+        if value is not None and value.requires_grad and parameter.startswith(read):
             roles.setdefault(name, _role(parameter, module, tuple(value.shape)))
     for assembly in assemblies.composed:
         module, _ = owners[assembly.target]
-        if assembly.target.startswith(tuple(read)):
+        if assembly.target.startswith(read):
             for name, shape in assembly.shapes.items():
                 roles[name] = _role(name, module, shape, is_transposed=assembly.is_transposing)
     return roles
 
 
-def _read_by_text(model: PreTrainedModel) -> list[str]:
-    """The names of the modules that text goes through: "" (all), or, in a model that sees or
-    hears too, the decoder, the embedding and the head."""
+def _read_by_text(model: PreTrainedModel) -> tuple[str, ...]:
+    """What the names begin with of all that text goes through: "" (all names do), or, in a model
+    that sees or hears too, the decoder's, the embedding's and the head's."""
     if model.config.get_text_config() is model.config:
-        return [""]
+        return ("",)
     parts = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
-    return [name for name, module in model.named_modules() if any(module is p for p in parts)]
+    return tuple(
+        f"{name}." if name else ""
+        for name, module in model.named_modules()
+        if any(module is part for part in parts)
+    )
 
 
 def _owners(model: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, torch.Tensor]]]:

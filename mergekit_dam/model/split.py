@@ -18,6 +18,24 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 
+def inner_model(model: PreTrainedModel) -> nn.Module:
+    """The part of a model whose last states its head makes logits of; the model itself where there
+    is none."""
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 says another prefix than its part has.
+    return _beside(model.get_output_embeddings(), model.get_input_embeddings(), model) or model
+
+
+def _beside(head: nn.Module | None, embedding: nn.Module, module: nn.Module) -> nn.Module | None:
+    """The outermost part that has the embedding, with what is around it, and not the head."""
+    for child in module.children():
+        inside = set(child.modules())
+        if embedding in inside and child is not embedding:
+            return _beside(head, embedding, child) if head in inside else child
+    return None
+
+
 class Split:
     """The two parts of a model whose logits at a position depend on the state there alone.
 
@@ -27,8 +45,9 @@ class Split:
     def __init__(self, model: PreTrainedModel):
         self._model = model
         self._answer: type | None = None  # what the inner model returns
-        self.is_whole = model.base_model is model
-        self._take(model.base_model)
+        inner = inner_model(model)
+        self.is_whole = inner is model
+        self._take(inner)
 
     def _take(self, inner: nn.Module) -> None:
         """As the inner model, whose `forward` then does what a pass's context has in its place."""
@@ -52,15 +71,21 @@ class Split:
     def states(self, input_ids: Tensor) -> Tensor:  # [rows, length] -> [rows, length, width]
         """Padding on the right needs no mask: attention is causal, so no real token sees it."""
         if not self.is_whole:
-            outputs = self._inner_outputs(input_ids)
-            if outputs is None and not self.is_known:  # OPT calls a part of its inner model
-                self._take(self._model.get_decoder())
-                outputs = self._inner_outputs(input_ids)
-            if self._answer is None:
+            was_known, outputs = self.is_known, self.reach(input_ids)
+            if not was_known:
                 self._find_out(outputs)
         if self.is_whole:
             return self._model(input_ids=input_ids, use_cache=False).logits
         return outputs[0]
+
+    def reach(self, input_ids: Tensor) -> Any:
+        """What the inner model returns."""
+        outputs = self._inner_outputs(input_ids)
+        if outputs is None and not self.is_known:  # OPT calls a part of its inner model
+            self._take(self._model.get_decoder())
+            outputs = self._inner_outputs(input_ids)
+        self._answer = type(outputs)
+        return outputs
 
     def logits(self, states: Tensor) -> Tensor:  # [tokens, width] -> [tokens, vocabulary]
         return states if self.is_whole else self._tail(states[None]).squeeze(0)
@@ -85,7 +110,6 @@ class Split:
     @torch.no_grad()
     def _find_out(self, outputs: Any) -> None:
         """Whether the head on some positions gives what it gives on all, tried on a few."""
-        self._answer = type(outputs)
         try:
             states = torch.randn_like(outputs[0][:2, :3])  # [2 rows, 3, width], or fewer
             expected = self._tail(states).flatten(0, 1)
