@@ -169,8 +169,8 @@ is the coefficient file. `--resume` goes on from the last; it is refused where a
 (`report_to`, `recompute` and `offload` excepted), a source, a row of data, the compute dtype or the
 number of processes. The folder is removed when the fit is done. With `teacher: cached` the sources'
 states are in `FILE.teachers/` as long: the next fit uses what a killed one has left there, where
-its sources and rows are the same, and removes it otherwise. While a fit is under way, another one
-of the same FILE is refused.
+its sources and rows are the same and as many go through a model at once, and removes it otherwise.
+While a fit is under way, another one of the same FILE is refused.
 
 ## Logs
 

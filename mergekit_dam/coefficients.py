@@ -4,12 +4,8 @@ A float32 tensor [N, *B] for each output tensor, under the output tensor's name,
 metadata entry `mergekit_dam` that holds the `Header` as JSON. See docs/file-format.md.
 """
 
-import filecmp
 import functools
-import glob
-import itertools
 import os
-import shutil
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -23,7 +19,7 @@ from torch import Tensor
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.formula import Formula
-from mergekit_dam.places import whole
+from mergekit_dam.places import keep_earlier, whole
 from mergekit_dam.task_vectors import Preparation
 
 FORMAT_VERSION = 1
@@ -152,35 +148,7 @@ def save(path: str | os.PathLike, coefficients: Mapping[str, Tensor], header: He
             file.flush()
             os.fsync(file.fileno())
         if path.exists() and path.read_bytes() != data:
-            _keep(path)
-
-
-def _keep(path: Path) -> None:
-    """A copy under a name of its own, so that at no moment the path is without a file; a writer
-    that was killed may have made it already."""
-    for name in _earlier_names(path):
-        if not name.exists():
-            break
-        if filecmp.cmp(name, path, shallow=False):
-            return
-    with whole(name) as copy:
-        shutil.copy2(path, copy)
-
-
-def tidy(path: str | os.PathLike) -> None:
-    """Remove what killed writers of a coefficient file have left beside it; no other may write it
-    now."""
-    path = Path(path)
-    own, stem, suffix = map(glob.escape, (path.name, path.stem, path.suffix))
-    for name in (own, f"{stem}.previous*{suffix}"):
-        for left in path.parent.glob(f".{name}.partial-*"):
-            left.unlink(missing_ok=True)
-
-
-def _earlier_names(path: Path) -> Iterator[Path]:
-    yield path.with_suffix(f".previous{path.suffix}")
-    for number in itertools.count(2):
-        yield path.with_suffix(f".previous-{number}{path.suffix}")
+            keep_earlier(path)
 
 
 def short(text: Any) -> str:

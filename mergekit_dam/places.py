@@ -1,6 +1,9 @@
 """Where files can be written, and how they are replaced."""
 
 import errno
+import filecmp
+import glob
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -23,6 +26,33 @@ def whole(path: Path) -> Iterator[Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def keep_earlier(path: Path) -> None:
+    """Copy a file to a name of its own, before another takes its place: at no moment the path is
+    without a file. A writer that was killed may have made the copy already."""
+    for name in _earlier_names(path):
+        if not name.exists():
+            break
+        if filecmp.cmp(name, path, shallow=False):
+            return
+    with whole(name) as copy:
+        shutil.copy2(path, copy)
+
+
+def _earlier_names(path: Path) -> Iterator[Path]:
+    yield path.with_suffix(f".previous{path.suffix}")
+    for number in itertools.count(2):
+        yield path.with_suffix(f".previous-{number}{path.suffix}")
+
+
+def tidy(path: Path) -> None:
+    """Remove what killed writers of a file, and of its earlier copies, have left beside it; nobody
+    may write it now."""
+    own, stem, suffix = map(glob.escape, (path.name, path.stem, path.suffix))
+    for name in (own, f"{stem}.previous*{suffix}"):
+        for left in path.parent.glob(f".{name}.partial-*"):
+            left.unlink(missing_ok=True)
 
 
 def free_disk(path: Path) -> int:

@@ -26,9 +26,9 @@ from mergekit_dam.coefficients import (
     Source,
     open_file,
     save,
-    tidy,
 )
 from mergekit_dam.errors import DamError
+from mergekit_dam.places import tidy
 
 NAME = "model.layers.0.mlp.up_proj.weight"
 SOURCES = tuple(Source(reference=f"./m{i}", weights=f"{i:032x}", config="c" * 32) for i in (0, 1))

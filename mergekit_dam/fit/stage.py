@@ -43,7 +43,7 @@ from mergekit_dam.fit.verdict import at_start, warn_if_worse
 from mergekit_dam.fit.watch import Best, Watch, watched
 from mergekit_dam.launcher import end_with_launcher
 from mergekit_dam.model import MergedModel
-from mergekit_dam.places import free_disk, tells_of_full_disk
+from mergekit_dam.places import free_disk, tells_of_full_disk, tidy
 
 ALMOST_NOTHING = 1_000_000  # bytes
 
@@ -67,7 +67,7 @@ def fit(
     with alone(folder_of(out)):
         require_place(folder_of(out), resume=resume)
         if is_main():
-            files.tidy(out)
+            tidy(Path(out))
         prepared = prepare(recipe, options, device=device, data=data, out=out)
         return _fit(prepared, out, resume=resume, quiet=options.quiet)
 
