@@ -78,10 +78,11 @@ def is_whole(path: Path) -> bool:
 
 
 def is_sound(path: Path) -> bool:
-    """Whether a safetensors file is there, and whole; a disk may have been full."""
+    """Whether a safetensors file is there, and whole; a disk may have been full. Raises OSError
+    where that cannot be seen."""
     try:
         return is_whole(path)
-    except (DamError, OSError):
+    except (DamError, FileNotFoundError, NotADirectoryError):
         return False
 
 

@@ -1,17 +1,17 @@
 """Where files can be written, and how they are replaced."""
 
+import contextlib
 import errno
-import filecmp
-import glob
 import itertools
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".*.partial-*"  # what a killed process may leave of `whole`
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a disk, a user, a file
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # of a disk, a user
 # The same in the words of safetensors, and of torch, which tells no number.
 IN_WORDS = (*(f"(os error {number})" for number in NO_ROOM), "unexpected pos")
 
@@ -34,7 +34,7 @@ def keep_earlier(path: Path) -> None:
     for name in _earlier_names(path):
         if not name.exists():
             break
-        if filecmp.cmp(name, path, shallow=False):
+        if name.read_bytes() == path.read_bytes():
             return
     with whole(name) as copy:
         shutil.copy2(path, copy)
@@ -49,10 +49,12 @@ def _earlier_names(path: Path) -> Iterator[Path]:
 def tidy(path: Path) -> None:
     """Remove what killed writers of a file, and of its earlier copies, have left beside it; nobody
     may write it now."""
-    own, stem, suffix = map(glob.escape, (path.name, path.stem, path.suffix))
-    for name in (own, f"{stem}.previous*{suffix}"):
-        for left in path.parent.glob(f".{name}.partial-*"):
-            left.unlink(missing_ok=True)
+    stem, suffix = map(re.escape, (path.stem, path.suffix))
+    pattern = re.compile(rf"\.{stem}(\.previous(-\d+)?)?{suffix}\.partial-\d+")
+    for left in path.absolute().parent.glob(PARTIAL):
+        if pattern.fullmatch(left.name):
+            with contextlib.suppress(OSError):  # somebody else's
+                left.unlink()
 
 
 def free_disk(path: Path) -> int:
@@ -65,7 +67,7 @@ def tells_of_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if getattr(error, "errno", None) in NO_ROOM or any(w in str(error) for w in IN_WORDS):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False
 
 

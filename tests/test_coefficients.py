@@ -200,8 +200,13 @@ def test_a_writer_that_was_killed_keeps_an_earlier_file_once(
 def test_what_killed_writers_have_left_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a[b].safetensors"
     left = [".a[b].safetensors.partial-7", ".a[b].previous-2.safetensors.partial-7"]
-    others = [".b.safetensors.partial-7", ".ab.safetensors.partial-7"]
-    for name in (*left, *others):
+    others = [
+        ".b.safetensors.partial-7", ".ab.safetensors.partial-7",
+        ".a[b].previous.best.safetensors.partial-7",  # of another fit
+        ".a[b].safetensors.partial-8",  # a merge's folder
+    ]  # fmt: skip
+    (tmp_path / others[-1]).mkdir()
+    for name in (*left, *others[:-1]):
         (tmp_path / name).touch()
     tidy(path)
     assert {other.name for other in tmp_path.iterdir()} == set(others)

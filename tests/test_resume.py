@@ -130,6 +130,26 @@ def test_a_damaged_checkpoint_is_not_written_over(recipe, models, tmp_path, dama
     assert checkpoints_in(folder) == sorted({"checkpoint-2", "checkpoint-4"} - {*damaged})
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_lost(
+    recipe, models, tmp_path, monkeypatch, resume
+):
+    path, out = recipe(models[:2], dam=STEADY), tmp_path / "out.safetensors"
+    folder = killed_in_step(5, path, out)
+    before, read = checkpoints_in(folder), Path.read_text
+
+    def unreadable(self, *arguments, **keys):
+        if self.name == "trainer_state.json":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(self))
+        return read(self, *arguments, **keys)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", unreadable)
+        with pytest.raises(DamError, match=r"trainer_state.json cannot be read \(Input/output"):
+            fit(read_recipe(str(path)), str(out), QUIET, device="cpu", resume=resume)
+    assert before and checkpoints_in(folder) == before
+
+
 def test_killed_while_it_removes_a_checkpoint_it_leaves_none(recipe, models, tmp_path, monkeypatch):
     folder = killed_in_step(4, recipe(models, dam=STEADY), tmp_path / "out")
     assert checkpoints_in(folder) == ["checkpoint-2"]
@@ -188,7 +208,7 @@ def of_another(error: Exception) -> Exception:
 FULL = [
     OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
     of_another(OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
-    SafetensorError("Error while serializing: I/O error: File too large (os error 27)"),
+    SafetensorError("Error while serializing: I/O error: No space left (os error 28)"),
     RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"),
 ]
 

@@ -131,6 +131,9 @@ def _remove_damaged(folder: Path) -> None:
 
 def _remove(checkpoint: Path) -> None:
     """Killed meanwhile, it leaves none that looks whole, as the Trainer's state goes first."""
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+        return
     with contextlib.suppress(OSError):
         (checkpoint / TRAINER_STATE_NAME).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
@@ -159,8 +162,9 @@ def foreign_problem(folder: Path) -> str:
 def _is_foreign(folder: Path) -> bool:
     if not folder.is_dir():
         return folder.exists()
-    of_a_fit = {folder / LOGS, *folder.glob(PARTIAL)}  # killed before it had its record
-    return not of_a_fit.issuperset(folder.iterdir()) and not (folder / RECORD).exists()
+    # What may be there before a fit has its record. Listed once: another process may write it now.
+    others = [p for p in folder.iterdir() if p.name != LOGS and not p.match(PARTIAL)]
+    return bool(others) and not (folder / RECORD).exists()
 
 
 def discard_empty(folder: Path) -> None:

@@ -224,8 +224,14 @@ def _arguments(settings: Settings, folder: Path, device: str) -> TrainingArgumen
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest whole checkpoint."""
-    whole = [path for path in checkpoints(folder) if is_whole(path)]
+    """The newest whole checkpoint. Raises DamError where that cannot be seen."""
+    try:
+        whole = [path for path in checkpoints(folder) if is_whole(path)]
+    except OSError as error:
+        raise DamError(
+            f"{error.filename or folder} cannot be read ({error.strerror}), from which a fit may "
+            "go on: see to that, or remove the folder to start over."
+        ) from error
     return str(whole[-1]) if whole else None
 
 
@@ -239,23 +245,33 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def is_whole(checkpoint: Path) -> bool:
-    """Whether all can be read that a fit goes on with. The Trainer writes its state last, so a
-    killed writer leaves a folder without it or with half of it; but a disk may have been full, and
-    of several processes each keeps its own random numbers, and may be killed alone."""
+    """Whether all is there that a fit goes on with, and no half of it. The Trainer writes its state
+    last, so a killed writer leaves a folder without it or with half of it; but a disk may have been
+    full, and of several processes each writes its own random numbers, and may be killed alone (no
+    step draws any, so those of one process are enough). Raises OSError where that cannot be seen.
+    """
     numbers = list(checkpoint.glob("rng_state*.pth"))
     archives = [checkpoint / OPTIMIZER_NAME, checkpoint / SCHEDULER_NAME, *numbers]
     return (
         _is_json(checkpoint / TRAINER_STATE_NAME)
         and is_sound(checkpoint / SAFE_WEIGHTS_NAME)
         and bool(numbers)
-        and all(map(zipfile.is_zipfile, archives))
+        and all(map(_is_zip, archives))
     )
 
 
 def _is_json(path: Path) -> bool:
     try:
         return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
-    except (OSError, ValueError):
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return zipfile.is_zipfile(file)
+    except FileNotFoundError:
         return False
 
 

@@ -174,7 +174,7 @@ def _unwritten(name: str, architecture: str, parameters: Collection[str]) -> str
     if architecture not in NAME_TO_ARCH:
         reason = (
             "mergekit does not describe this architecture, and merges tensors by the names that "
-            "the sources' files have, which here are others than the model's"
+            "the sources' files have, among which it is not"
             if _is_everywhere(name, parameters)
             else "mergekit does not describe this architecture; it takes all layers to be alike, "
             "and drops tensors that some of them lack"

@@ -28,7 +28,8 @@ def inner_model(model: PreTrainedModel) -> nn.Module:
 
 
 def _beside(head: nn.Module | None, embedding: nn.Module, module: nn.Module) -> nn.Module | None:
-    """The outermost part that has the embedding, with what is around it, and not the head."""
+    """The outermost part that has the embedding, with what is around it, and not the head, if the
+    model has one."""
     for child in module.children():
         inside = set(child.modules())
         if embedding in inside and child is not embedding:
