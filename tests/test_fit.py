@@ -27,9 +27,7 @@ from mergekit_dam.fit.calibration import _go_as_far_as_helps
 from mergekit_dam.fit.evaluate import evaluate
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import prepare
-from mergekit_dam.fit.resume import (
-    folder_of,
-)
+from mergekit_dam.fit.resume import folder_of
 
 QUIET = MergeOptions(quiet=True)
 

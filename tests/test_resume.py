@@ -41,10 +41,6 @@ def models(tmp_path_factory) -> list[Path]:
     return tiny.save_models(tmp_path_factory.mktemp("models"), tiny.CONFIGS["llama"], 3)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def has_checkpoint(out: Path) -> bool:
     """A whole one, of whichever step: earlier ones are soon removed."""
     return last_checkpoint(Path(f"{out}.fit")) is not None

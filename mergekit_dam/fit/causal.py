@@ -4,6 +4,7 @@ import torch
 
 from mergekit_dam.errors import DamError
 from mergekit_dam.model import MergedModel
+from mergekit_dam.model.split import rounding
 
 SHARED, OTHER = 4, 2  # tokens of two rows: those that they begin with, and those that follow
 
@@ -16,8 +17,7 @@ def require_causal(merged: MergedModel) -> None:
     ids = torch.arange(SHARED + OTHER, device=merged.device).repeat(2, 1)
     ids[1, SHARED:] += OTHER  # other tokens than those of the first row
     one, other = merged.states(ids % merged.vocabulary)[:, :SHARED].float()
-    bound = torch.finfo(merged.dtype).eps ** 0.5 / 4 * one.abs().max()
-    if bool(((one - other).abs().amax(-1) > bound).all()):
+    if bool(((one - other).abs().amax(-1) > rounding(one, merged.dtype)).all()):
         raise DamError(
             f"{type(merged.model).__name__} with this config.json sees later tokens: the fit "
             "distils predictions of the next token. mergekit's other methods merge it."

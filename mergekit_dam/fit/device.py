@@ -1,6 +1,5 @@
 """Where a fit computes, and in which dtype."""
 
-import os
 from collections.abc import Collection
 
 import torch
@@ -9,6 +8,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.config import Settings
 from mergekit_dam.errors import DamError
+from mergekit_dam.fit import processes
 
 # Below this width a second thread waits longer for the first than it computes, and on a machine
 # with other work many times longer.
@@ -16,7 +16,7 @@ NARROW = 512
 
 
 def choose_device(name: str) -> str:
-    """ "cpu", or a GPU with its number. Raises DamError for what is no device of this machine."""
+    """The CPU, or a GPU with its number. Raises DamError for what is no device of this machine."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() and not _is_for_cpu() else "cpu"
     try:
@@ -37,7 +37,7 @@ def _own_gpu(name: str) -> str:
             f"--device {name}: accelerate is set up for the CPU (ACCELERATE_USE_CPU); leave that "
             "out, or use --device cpu."
         )
-    own = f"cuda:{int(os.environ.get('LOCAL_RANK', '0')) % torch.cuda.device_count()}"
+    own = f"cuda:{processes.rank_here() % torch.cuda.device_count()}"
     if name not in ("cuda", own):
         raise DamError(
             f"--device {name}: a fit takes the first GPU that it sees; set CUDA_VISIBLE_DEVICES="

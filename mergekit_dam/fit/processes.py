@@ -46,9 +46,9 @@ def launch_problems() -> Iterator[str]:
             )
 
 
-def is_first_here() -> bool:
-    """Of the processes on this machine."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+def rank_here() -> int:
+    """Among the processes on this machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def wait_for(path: object, is_there: Callable[[], bool], pause: float = 0.5) -> None:

@@ -167,12 +167,13 @@ def _train(
     require_causal(merged)
     with merged.as_average():
         before = figures()
-    # The figures of a start that nothing tells of are measured, so it is gone to once more.
-    is_known = checkpoint is not None and kept_figures(folder) is not None
-    if settings.start == "least_squares" and not is_known:
+    beginning = kept_figures(folder) if checkpoint else None
+    if settings.start == "least_squares" and beginning is None:  # it is measured, so gone to
         calibrate(merged, prepared.data, settings, folder, figures_on, resume=resume, quiet=quiet)
     if settings.max_steps:
-        results = _step(prepared, folder, checkpoint, interrupt, before, figures, quiet=quiet)
+        results = _step(
+            prepared, folder, checkpoint, interrupt, before, beginning, figures, quiet=quiet
+        )
     else:
         _require_finite(merged, folder)
         results = files.Results(average=before, fit=figures())
@@ -185,6 +186,7 @@ def _step(
     checkpoint: str | None,
     interrupt: Interrupt,
     average: Sequence[files.Figures],
+    beginning: Sequence[files.Figures] | None,  # of the start, where they were kept
     figures: Callable[[], Sequence[files.Figures]],
     *,
     quiet: bool,
@@ -192,7 +194,6 @@ def _step(
     """All steps, from a start or on from a checkpoint."""
     settings, merged = prepared.settings, prepared.merged
     _require_trained(merged)
-    beginning = kept_figures(folder) if checkpoint else None
     if beginning is None:
         beginning = at_start(merged, average, figures)
         keep_figures(folder, beginning)

@@ -76,7 +76,7 @@ class KeptTeachers:
             for source, own in enumerate(rows)
             for some in together({_key(row): row for row in own}.values(), TOKENS)
         ]
-        if processes.is_first_here():
+        if processes.rank_here() == 0:
             self._make_room(files)
         wait()  # nobody writes before
         for source, some in files[processes.rank() :: processes.count()]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PretrainedConfig
 
 from mergekit_dam.model.live import Live, storage_of, tensors
-from mergekit_dam.model.skeleton import blocks_of, make_model
+from mergekit_dam.model.skeleton import blocks_of, make_trained
 from mergekit_dam.model.split import inner_model
 from mergekit_dam.model.storageless import inner_width, without_storage
 
@@ -54,9 +54,7 @@ def measure(
     cannot run so is estimated: like a Llama of its sizes."""
 
     def run() -> dict[int, Activations]:
-        model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name not in frozen)
+        model = make_trained(config, dtype, frozen, trust_remote_code=trust_remote_code)
         return _of_lengths(model, set(lengths))
 
     def estimate() -> dict[int, Activations]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from mergekit_dam.model.live import Live
-from mergekit_dam.model.skeleton import blocks_of, make_model
+from mergekit_dam.model.skeleton import blocks_of, make_trained
 from mergekit_dam.model.split import Split
 from mergekit_dam.model.storageless import without_storage
 
@@ -36,25 +36,20 @@ def measure_head(
     *,
     trust_remote_code: bool,
 ) -> Logits:
-    """Of so many tokens. A head that cannot run without storage is estimated: one matrix."""
+    """Of so many tokens. A head that cannot run without storage is estimated: one matrix that is
+    trained."""
 
     def run() -> Logits:
-        model = make_model(config, dtype, trust_remote_code=trust_remote_code)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            parameter.requires_grad_(name not in frozen)
+        model = make_trained(config, dtype, frozen, trust_remote_code=trust_remote_code)
         return _measure(model, Split(model), tokens)
 
     def estimate() -> Logits:
         text = config.get_text_config()
-        return one_matrix(text.vocab_size, text.hidden_size, tokens, dtype)
+        weights = text.vocab_size * text.hidden_size
+        kept = 2 * tokens * text.vocab_size * dtype.itemsize
+        return Logits(text.hidden_size, weights, weights, kept, kept + weights * dtype.itemsize)
 
     return without_storage(run, estimate, "the head")
-
-
-def one_matrix(vocabulary: int, width: int, tokens: int, dtype: torch.dtype) -> Logits:
-    """Of a head that is one, and is trained."""
-    weights, kept = vocabulary * width, 2 * tokens * vocabulary * dtype.itemsize
-    return Logits(width, weights, weights, kept, kept + weights * dtype.itemsize)
 
 
 def _measure(model: PreTrainedModel, split: Split, tokens: int) -> Logits:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mergekit_dam.errors import in_one_line
 from mergekit_dam.model.block import Block
 from mergekit_dam.model.lookup import told
+from mergekit_dam.model.split import rounding
 
 Weights = Mapping[str, Tensor]
 DEVICES = {"cuda"}  # of these types; a CPU gains nothing
@@ -114,7 +115,7 @@ def agrees(
     except NotMixedError:
         return False
     expected = torch.cat(expected)
-    bound = torch.finfo(found.dtype).eps ** 0.5 * expected.abs().max()
+    bound = 4 * rounding(expected, found.dtype)
     return bool((found - expected).abs().max() <= bound)
 
 

@@ -111,6 +111,20 @@ def make_model(
     return model.eval()
 
 
+def make_trained(
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    frozen: Collection[str],
+    *,
+    trust_remote_code: bool,
+) -> PreTrainedModel:
+    """`make_model`, of which all parameters but the frozen ones have gradients."""
+    model = make_model(config, dtype, trust_remote_code=trust_remote_code)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        parameter.requires_grad_(name not in frozen)
+    return model
+
+
 def set_places(model: nn.Module, device: torch.device) -> None:
     """Parameters that have a shape and a device, no storage, and NaN for a value.
 

@@ -37,6 +37,11 @@ def _beside(head: nn.Module | None, embedding: nn.Module, module: nn.Module) -> 
     return None
 
 
+def rounding(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far others may be from values that are the same but for what is rounded on the way."""
+    return torch.finfo(dtype).eps ** 0.5 / 4 * values.abs().max()
+
+
 class Split:
     """The two parts of a model whose logits at a position depend on the state there alone.
 
@@ -116,7 +121,7 @@ class Split:
             expected = self._tail(states).flatten(0, 1)
             parts = states.flatten(0, 1).split(2)
             found = torch.cat([self._tail(part[None])[0] for part in parts])
-            bound = torch.finfo(found.dtype).eps ** 0.5 / 4 * expected.abs().max()
+            bound = rounding(expected, found.dtype)
             self.is_whole = not bool((found - expected).abs().max() <= bound)
         except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError):
             self.is_whole = True
