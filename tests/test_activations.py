@@ -1,5 +1,6 @@
 """What a model keeps is measured without computing."""
 
+import copy
 import gc
 
 import pytest
@@ -95,6 +96,36 @@ def test_a_token_of_a_longer_row_keeps(config, lengths, how):
     found = measure(config, torch.float32, lengths, trust_remote_code=False)
     short, long = (found[length].all for length in lengths)
     assert how == ("the same" if short == long else "more" if short < long else "less")
+
+
+LATENT = transformers.DeepseekV3Config(  # keys of 24 numbers, values of 16
+    **{**tiny.SIZES, "num_key_value_heads": 2}, q_lora_rank=None, kv_lora_rank=8,
+    qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_routed_experts=4, n_group=2,
+    topk_group=1, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=0,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("device, how", [("cpu", "more"), ("cuda", "the same")])
+def test_values_narrower_than_keys_have_a_fused_kernel_on_a_gpu(device, how):
+    """Which keeps keys, queries, values and results, and not every pair of tokens."""
+    found = measure(LATENT, torch.float32, (8, 500), trust_remote_code=False, device=device)
+    short, long = found[8].all, found[500].all
+    assert how == ("the same" if short == long else "more" if short < long else "less")
+    if device == "cuda":
+        alike = copy.deepcopy(LATENT)
+        alike.v_head_dim = 24  # as keys, whose kernel is fused on a CPU, too
+        wide = measure(alike, torch.float32, (500,), trust_remote_code=False)[500].all
+        more = LATENT.num_hidden_layers * LATENT.num_attention_heads * 8 * 4
+        assert wide - long == 3 * more  # of values, what they are split from, and the result
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_other_attention_keeps_the_same_on_a_gpu(name):
+    own, other = (
+        measure(tiny.CONFIGS[name], torch.float32, (60,), trust_remote_code=False, device=device)
+        for device in ("cpu", "cuda")
+    )
+    assert own == other
 
 
 def test_rows_of_any_length_are_measured_once_where_they_keep_the_same(monkeypatch):

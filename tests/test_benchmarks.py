@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 NAMES = {  # of rows of their tables
+    "architectures": ("Mixtral", "OPT", "recompute: block"),
     "fit_step": ("plain training step", "cached"),
     "merge": ("linear", "dam"),
     "combine": ("merge, plain torch", "gradient, plain torch"),

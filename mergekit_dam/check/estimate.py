@@ -37,7 +37,7 @@ class Estimate:
     weights: int  # of all sources together
     tokens: int  # that a step computes together, at most
     step: dict[str, int]  # `recompute` -> what a step takes beside the sources
-    seconds: float  # for so many tokens, with whole blocks made again
+    seconds: float  # for so many tokens
     fit_seconds: float  # of all steps; 0 where it is unknown how many
     file: int
     checkpoints: int
@@ -87,7 +87,11 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
     """Of a fit that writes the file `out`."""
     plan, skeleton, found = outline.plan, outline.skeleton, outline.foresee(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
-    speed = measure_speed(found.needs.parameters, width, len(plan.sources), dtype, outline.device)
+    weights = sum(found.sizes.values())
+    speed = measure_speed(
+        found.needs.parameters, width, len(plan.sources), dtype, found.place,
+        held=weights, is_live=settings.teacher == "live",
+    )  # fmt: skip
     sees_all = settings.teacher == "cached" and is_read(plan, outline.data)
     rows = rows_of_a_fit(StepRows(outline.data), settings, 1) if sees_all else []
     has_steps = settings.max_steps != 0
@@ -101,7 +105,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         unreached_tensors=len(found.numbers.keys() - skeleton.roles.keys()),
         coefficients=coefficients,
         trained=found.trained,
-        weights=sum(found.sizes.values()),
+        weights=weights,
         tokens=found.needs.tokens,
         step={mode: found.needs.of(mode) for mode in get_args(Recompute)},
         seconds=speed.seconds(1, found.needs.tokens),

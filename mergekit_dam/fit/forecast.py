@@ -112,7 +112,7 @@ class Outline:
         if missing := set(lengths) - found.keys():
             found |= measure(
                 self.plan.model_config, dtype, missing, frozen_parameters(self.skeleton, trained),
-                trust_remote_code=self.plan.options.trust_remote_code,
+                trust_remote_code=self.plan.options.trust_remote_code, device=self.device,
             )  # fmt: skip
         return found
 
@@ -145,7 +145,7 @@ class Outline:
         if key not in self._starts:
             self._starts[key] = start_needs(
                 plan.model_config, self.skeleton, dtype, rows, names, sources, places,
-                trust_remote_code=plan.options.trust_remote_code,
+                trust_remote_code=plan.options.trust_remote_code, device=self.device,
             )  # fmt: skip
         return self._starts[key]
 

@@ -48,13 +48,16 @@ def start_needs(
     places: int,  # of coefficients, of each source for one tensor at most
     *,
     trust_remote_code: bool,
+    device: str = "cpu",
 ) -> StartNeeds:
     text, solved, peaks = config.get_text_config(), _solved(skeleton, trained), []
     found = [c for own in rows for part in split(own) for c in chunks(part, text.vocab_size)]
     shapes = [(len(chunk), len(chunk[0])) for chunk in found]
     largest = {max(shapes, key=prod), max(shapes, key=lambda shape: prod(shape) * shape[1])}
     for shape in largest:  # of most positions, and of most pairs of them in a row
-        blocks = _try(config, dtype, solved, shape, trust_remote_code=trust_remote_code)
+        blocks = _try(
+            config, dtype, solved, shape, trust_remote_code=trust_remote_code, device=device
+        )
         is_padded = any(len(c[-1]) < len(c[0]) for c in found if (len(c), len(c[0])) == shape)
         own = Chunk(prod(shape), text.hidden_size, dtype.itemsize, is_padded, sources)
         peaks.append(own.most(blocks, shape, shapes) + _solving(places, sources))
@@ -69,6 +72,7 @@ def _try(
     shape: tuple[int, int],  # rows, tokens of each
     *,
     trust_remote_code: bool,
+    device: str,
 ) -> "list[Seen]":
     def run() -> list[Seen]:
         model = make_model(config, dtype, trust_remote_code=trust_remote_code)
@@ -77,7 +81,7 @@ def _try(
     def estimate() -> list[Seen]:
         return _estimate(config, dtype.itemsize, prod(shape))
 
-    return without_storage(run, estimate, "the start")
+    return without_storage(run, estimate, "the start", device)
 
 
 def _solving(places: int, sources: int) -> int:

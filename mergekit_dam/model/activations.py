@@ -49,9 +49,10 @@ def measure(
     frozen: Collection[str] = (),  # parameters without gradients
     *,
     trust_remote_code: bool,
+    device: str = "cpu",
 ) -> dict[int, Activations]:
-    """Of rows of each of these lengths. Runs the model on tensors without storage; a model that
-    cannot run so is estimated: like a Llama of its sizes."""
+    """Of rows of each of these lengths, on a device. Runs the model on tensors without storage; one
+    that cannot run so is estimated: like a Llama of its sizes."""
 
     def run() -> dict[int, Activations]:
         model = make_trained(config, dtype, frozen, trust_remote_code=trust_remote_code)
@@ -60,7 +61,7 @@ def measure(
     def estimate() -> dict[int, Activations]:
         return dict.fromkeys(lengths, _estimate(config.get_text_config(), dtype))
 
-    return without_storage(run, estimate, "a step")
+    return without_storage(run, estimate, "a step", device)
 
 
 def _of_lengths(model: nn.Module, lengths: Collection[int]) -> dict[int, Activations]:

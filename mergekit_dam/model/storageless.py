@@ -3,9 +3,11 @@
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 from unittest.mock import patch
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel, masking_utils
@@ -15,11 +17,13 @@ LOG = logging.getLogger(__name__)
 Found = TypeVar("Found")
 
 
-def without_storage(run: Callable[[], Found], estimate: Callable[[], Found], what: str) -> Found:
-    """What `run` finds where tensors have no storage. If the model cannot run so: an estimate, and
-    a warning that what it takes in memory for `what` is one."""
+def without_storage(
+    run: Callable[[], Found], estimate: Callable[[], Found], what: str, device: str = "cpu"
+) -> Found:
+    """What `run` finds where tensors have no storage, as they would be on `device`. If the model
+    cannot run so: an estimate, and a warning that what it takes in memory for `what` is one."""
     try:
-        with _tensors_without_storage():
+        with _tensors_without_storage(), _attention_of(device):
             return run()
     except Exception as error:  # whatever stops such a run would not stop a real one
         LOG.warning(
@@ -60,6 +64,28 @@ def _without_values() -> Iterator[None]:
 def _as_of_one_expert(x: Tensor, weights: Tensor, offs: Tensor) -> Tensor:
     """Of the same size, and autograd keeps the same for it, as if each expert had its own rows."""
     return x.to(weights.dtype) @ weights[0]
+
+
+@contextmanager
+def _attention_of(device: str) -> Iterator[None]:
+    """A context in which torch's attention keeps what it does on `device`. Tensors without storage
+    are a CPU's, whose fused kernel takes values as wide as keys alone. With others, as those of
+    latent attention, every pair of tokens is kept there; on a GPU it is not."""
+    plain = F.scaled_dot_product_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        query, key = (_as_wide(tensor, value.shape[-1]) for tensor in (query, key))
+        return plain(query, key, value, *args, **kwargs)
+
+    is_gpu = torch.device(device).type != "cpu"
+    with patch.object(F, "scaled_dot_product_attention", attention if is_gpu else plain):
+        yield
+
+
+def _as_wide(tensor: Tensor, width: int) -> Tensor:
+    """A view where it can be one, which keeps all of the tensor."""
+    own = tensor.shape[-1]
+    return F.pad(tensor, (0, width - own)) if own < width else tensor[..., :width]
 
 
 def inner_width(config: PretrainedConfig) -> int:

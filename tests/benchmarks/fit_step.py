@@ -28,7 +28,7 @@ from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.teachers import KeptTeachers
 from tests import tiny
-from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table
+from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table, taken
 
 SHAPES = {
     "tiny": transformers.LlamaConfig(**tiny.SIZES),
@@ -70,16 +70,31 @@ def main(
         models, origin, ids = made(
             folder or Path(temporary), config, dtype, sources, base, rows, length, device
         )
-        plain = {} if cap else {PLAIN: _plain_step(models[0], torch.cat(ids), dtype, device)}
+        plain = {} if cap else {PLAIN: plain_step(models[0], torch.cat(ids), dtype, device)}
         for where in offload:  # one at a time: the sources of two would not fit
+            before = taken(device)
             fit = prepared(Path(temporary), models, origin, ids, dtype, device, where)
-            own = _steps(fit, Path(temporary), device, cap)
-            steps = {**plain, **{name: step for name, step in own.items() if only in name}}
-            peaks = {name: peak_of(step, device) for name, step in steps.items()}
-            predicted = {name: fit.needs.of(_mode(name)) for name in steps if name != PLAIN}
-            print(table(alternate(steps, repeat, device), peaks, next(iter(steps)), predicted))
-            print(f"all sources in one pass: {fit.merged.mixes()}")
-            del fit, steps
+            own = steps_of(fit, Path(temporary), device, cap)
+            own = {name: step for name, step in own.items() if only in name}
+            print(measured(fit, plain, own, repeat, device, before))
+            del fit, own
+
+
+def measured(
+    fit: Fit, plain: dict[str, Step], own: dict[str, Step], repeat: int, device: str, before: int
+) -> str:
+    """The table of plain steps and the fit's. Of one that fetches its sources to a GPU, memory
+    is all that it has there beside the `before` bytes of others: with the blocks that are there."""
+    is_fetched = device != "cpu" and fit.place.offload != "none"
+    since, sources = (before, fit.place.sources) if is_fetched else (None, 0)
+    peaks = {name: peak_of(step, device) for name, step in plain.items()}
+    peaks |= {name: peak_of(step, device, since) for name, step in own.items()}
+    predicted = {name: sources + fit.needs.of(mode_of(name)) for name in own}
+    seconds = alternate(plain | own, repeat, device)
+    return (
+        f"{table(seconds, peaks, next(iter(seconds)), predicted)}\n"
+        f"all sources in one pass: {fit.merged.mixes()}"
+    )
 
 
 def chosen(device: str | None, cap: float | None = None) -> str:
@@ -122,7 +137,7 @@ def save(folder: Path, config, seed: int, dtype: torch.dtype, device: str = "cpu
     return folder
 
 
-def _plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str):
+def plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str):
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
     ids = ids.to(device)
 
@@ -155,7 +170,7 @@ def prepared(folder: Path, models, base, ids, dtype: torch.dtype, device: str, o
     return prepare(read_recipe(str(folder / "config.yml")), options, device=device, data=data)
 
 
-def _steps(fit: Fit, folder: Path, device: str, cap: float | None) -> dict[str, Step]:
+def steps_of(fit: Fit, folder: Path, device: str, cap: float | None = None) -> dict[str, Step]:
     """Those that fit into what is free."""
     free = min(free_memory(device), cap * 1e9 - fit.place.sources if cap else math.inf)
     kept = KeptTeachers(fit.merged, folder / "teachers", "")
@@ -174,7 +189,7 @@ def _steps(fit: Fit, folder: Path, device: str, cap: float | None) -> dict[str, 
     }
 
 
-def _mode(name: str) -> str:
+def mode_of(name: str) -> str:
     return name.partition("recompute: ")[2].partition(",")[0]
 
 

@@ -15,48 +15,54 @@ Step = Callable[[], None]
 
 
 class Peak:
-    """The most memory that a step has beyond what was there before it, in bytes.
+    """The most memory that a step has beyond what was there before it (or `before`), in bytes.
 
-    On CUDA the allocator's; on the CPU the process' own resident pages (`RssAnon`), so that the
-    memory-mapped files of the sources do not count.
+    On CUDA the allocator's, with what waits for another stream; on the CPU the process' own
+    resident pages (`RssAnon`), so that the memory-mapped files of the sources do not count.
     """
 
-    def __init__(self, device: str):
-        self._is_cuda, self.most = device.startswith("cuda"), 0
+    def __init__(self, device: str, before: int | None = None):
+        self._device, self._is_cuda = device, device.startswith("cuda")
+        self._before, self.most = before, 0
 
     def __enter__(self) -> "Peak":
         gc.collect()
         if self._is_cuda:
             torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)
-            self._before, self._ends = _resident(), threading.Event()
+        if self._before is None:
+            self._before = taken(self._device)
+        if not self._is_cuda:
+            self._ends = threading.Event()
             self._watch = threading.Thread(target=self._sample)
             self._watch.start()
         return self
 
     def _sample(self) -> None:
         while not self._ends.wait(0.002):
-            self.most = max(self.most, _resident() - self._before)
+            self.most = max(self.most, taken(self._device) - self._before)
 
     def __exit__(self, *_) -> None:
         if self._is_cuda:
-            self.most = torch.cuda.max_memory_allocated() - self._before
+            self.most = torch.cuda.memory_stats()["active_bytes.all.peak"] - self._before
         else:
             self._ends.set()
             self._watch.join()
 
 
-def peak_of(step: Step, device: str) -> int:
+def peak_of(step: Step, device: str, before: int | None = None) -> int:
     """The peak of a step after one to warm up."""
     step()
-    with Peak(device) as peak:
+    with Peak(device, before) as peak:
         step()
     return peak.most
 
 
-def _resident() -> int:
+def taken(device: str) -> int:
+    """Bytes that this process has there now."""
+    if device.startswith("cuda"):
+        return torch.cuda.memory_stats().get("active_bytes.all.current", 0)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
