@@ -137,6 +137,19 @@ OTHERS = {
     ),
     "mamba": (transformers.MambaConfig(**SMALL, state_size=16), 60),
     "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 200),  # alibi
+    # Whose blocks return weights of attention that nothing looks at.
+    "bloom, long rows": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 600),
+    "mpt": (
+        transformers.MptConfig(vocab_size=512, d_model=128, n_heads=2, n_layers=2, max_seq_len=512),
+        400,
+    ),
+    "latent attention": (  # whose values are narrower than its keys
+        transformers.DeepseekV3Config(
+            **{**SMALL, "num_key_value_heads": 2}, q_lora_rank=None, kv_lora_rank=32,
+            qk_rope_head_dim=32, qk_nope_head_dim=64, v_head_dim=64, first_k_dense_replace=2,
+        ),
+        400,
+    ),
     "opt": (  # calls a part of its inner model
         transformers.OPTConfig(
             **{**SMALL, "max_position_embeddings": 256}, ffn_dim=320, word_embed_proj_dim=128
@@ -240,6 +253,11 @@ def test_so_does_one_with_more_sources(recipe, tmp_path, name, sources, lengths,
 @pytest.mark.parametrize("name", OTHERS)
 def test_so_does_one_of_other_architectures(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, sources=3, lengths=2)
+
+
+@pytest.mark.parametrize("name", ["bloom, long rows", "mpt"])
+def test_so_does_one_whose_blocks_return_what_nobody_looks_at(recipe, tmp_path, name):
+    compare(recipe, tmp_path, name, {}, sources=3)
 
 
 @pytest.mark.parametrize("granularity", ["column", "element"])

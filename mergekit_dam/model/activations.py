@@ -114,6 +114,7 @@ class _Kept:
         self._own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
         self._tensors: dict[int, Tensor] = {}  # holding them keeps their storages apart
         self._given: dict[int, Tensor] = {}  # to blocks
+        self._outputs: dict[nn.Module, list[Tensor]] = {}
         self.blocks: dict[nn.Module, _Seen] = {}
         self.kinds: dict[tuple, nn.Module] = {}  # the first block of each
 
@@ -133,6 +134,15 @@ class _Kept:
 
     def after(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.blocks[block].kept += self._made
+        self._outputs[block] = [tensor.detach() for tensor in tensors(output)]
+
+    def passed_on(self, block: nn.Module) -> list[int]:
+        """Which of its outputs other blocks are given, by their places. All where none is as it
+        is: then something is made of them. What nobody looks at, as some models return their
+        attention's weights, has no gradients."""
+        outputs = self._outputs[block]
+        given = [n for n, tensor in enumerate(outputs) if storage_of(tensor) in self._given]
+        return given or list(range(len(outputs)))
 
     @property
     def all(self) -> int:
@@ -165,7 +175,8 @@ def _at_most(model: nn.Module, tokens: int, kept: _Kept) -> tuple[float, float, 
     def after(block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if block in left:
             left.remove(block)
-            alone = _alone(block, *tree_map_only(OWN, _as_given, (args, kwargs)))
+            given = tree_map_only(OWN, _as_given, (args, kwargs))
+            alone = _alone(block, kept.passed_on(block), *given)
             taught, most = (size / rows / tokens for size in alone)
             found.append((taught, most, most - kept.blocks[block].kept / tokens))
         if not left:
@@ -206,12 +217,16 @@ def _as_given(given: Any) -> Any:
     return copied
 
 
-def _alone(block: nn.Module, args: tuple, kwargs: dict) -> tuple[int, int]:
-    """Bytes that a block has at most by itself, without gradients and with them."""
+def _alone(
+    block: nn.Module, outputs: Collection[int], args: tuple, kwargs: dict
+) -> tuple[int, int]:
+    """Bytes that a block has at most by itself, without gradients and with those of some of its
+    outputs."""
     with torch.no_grad(), Live() as taught:
         block.forward(*args, **kwargs)  # without the hooks
     with Live() as most:
-        made = [t for t in tensors(block.forward(*args, **kwargs)) if t.requires_grad]
+        made = tensors(block.forward(*args, **kwargs))
+        made = [made[place] for place in outputs if made[place].requires_grad]
         if made:  # gradients that nobody holds
             sum((tensor * 1).sum() for tensor in made).backward()
     block.zero_grad()
