@@ -12,10 +12,14 @@ from mergekit.options import MergeOptions
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mergekit_dam.config import read_recipe
+from mergekit_dam.data import Row, SourceData
+from mergekit_dam.fit.forecast import Outline, merged_skeleton
 from mergekit_dam.fit.prepare import prepare
+from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import memory
 from mergekit_dam.model import activations
 from mergekit_dam.model.activations import measure
+from mergekit_dam.plan import plan_merge
 
 QUIET = MergeOptions(quiet=True)
 
@@ -106,17 +110,51 @@ LATENT = transformers.DeepseekV3Config(  # keys of 24 numbers, values of 16
 
 
 @pytest.mark.parametrize("device, how", [("cpu", "more"), ("cuda", "the same")])
-def test_values_narrower_than_keys_have_a_fused_kernel_on_a_gpu(device, how):
-    """Which keeps keys, queries, values and results, and not every pair of tokens."""
+def test_attention_to_narrow_values_keeps_pairs_of_tokens_on_a_cpu_alone(device, how):
     found = measure(LATENT, torch.float32, (8, 500), trust_remote_code=False, device=device)
     short, long = found[8].all, found[500].all
     assert how == ("the same" if short == long else "more" if short < long else "less")
-    if device == "cuda":
-        alike = copy.deepcopy(LATENT)
-        alike.v_head_dim = 24  # as keys, whose kernel is fused on a CPU, too
-        wide = measure(alike, torch.float32, (500,), trust_remote_code=False)[500].all
-        more = LATENT.num_hidden_layers * LATENT.num_attention_heads * 8 * 4
-        assert wide - long == 3 * more  # of values, what they are split from, and the result
+
+
+def test_narrow_values_are_kept_as_they_are_on_a_gpu():
+    alike = copy.deepcopy(LATENT)
+    alike.v_head_dim = 24  # as wide as keys: their kernel is fused on a CPU, too
+    narrow = measure(LATENT, torch.float32, (500,), trust_remote_code=False, device="cuda")[500]
+    wide = measure(alike, torch.float32, (500,), trust_remote_code=False)[500]
+    more = LATENT.num_hidden_layers * LATENT.num_attention_heads * 8 * 4
+    assert wide.all - narrow.all == 3 * more  # of values, what they are split from, and the result
+
+
+def test_nor_does_the_start_make_them_there(recipe, tmp_path):
+    models = tiny.save_models(tmp_path, LATENT, 2)
+    dam = {"start": "least_squares", "max_length": 500}
+    settings = read_recipe(str(recipe(models, dam=dam)))
+    plan = plan_merge(settings.merge, QUIET, "weights")
+    shapes, rows = HeaderShapes(plan), [Row([4] * 500)] * 4
+    skeleton = merged_skeleton(plan, shapes)
+    own, other = (
+        Outline(plan, shapes, skeleton, device, [SourceData(rows, [])] * 2)._of_start(
+            settings.settings, torch.float32, skeleton.roles, {"lm_head.weight": 32}
+        )
+        for device in ("cpu", "cuda")
+    )
+    assert other.most < own.most
+
+
+def test_outputs_have_gradients_where_they_are_passed_on_with_some():
+    x = torch.ones(2, 4, requires_grad=True)
+    block, following = torch.nn.Identity(), torch.nn.Identity()
+    made, dropped, places = 2 * x, 3 * x, torch.ones(2)
+    for given, passed_on in (
+        ((made, places), {0}),
+        ((made + x, places), {0, 2}),  # something that was made of them
+        ((made, dropped), {0, 2}),
+    ):
+        kept = activations._Kept(block)
+        kept.before(block, (x,), {})
+        kept.after(block, (x,), {}, (made, places, dropped, x))
+        kept.before(following, given, {})
+        assert kept.passed_on(block) == passed_on
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])

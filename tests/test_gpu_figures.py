@@ -65,4 +65,4 @@ def test_it_is_foreseen_on_a_machine_without_one(recipe, tmp_path, monkeypatch, 
     figures = [int(figure.replace(",", "")) for figure in re.findall(r"[\d,]+", TOOK[name])]
     for mode, took, told in zip(MODES, figures[::2], figures[1::2], strict=True):
         assert found.of(mode) / 1e6 == pytest.approx(told, abs=1), mode
-        assert told == pytest.approx(took, rel=0.15), mode
+        assert told == pytest.approx(took, rel=0.05), mode

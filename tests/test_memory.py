@@ -137,12 +137,6 @@ OTHERS = {
     ),
     "mamba": (transformers.MambaConfig(**SMALL, state_size=16), 60),
     "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 200),  # alibi
-    # Whose blocks return weights of attention that nothing looks at.
-    "bloom, long rows": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 600),
-    "mpt": (
-        transformers.MptConfig(vocab_size=512, d_model=128, n_heads=2, n_layers=2, max_seq_len=512),
-        400,
-    ),
     "latent attention": (  # whose values are narrower than its keys
         transformers.DeepseekV3Config(
             **{**SMALL, "num_key_value_heads": 2}, q_lora_rank=None, kv_lora_rank=32,
@@ -173,6 +167,23 @@ OTHERS = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
         200,
+    ),
+}  # fmt: skip
+
+
+# Whose blocks return weights of attention that nobody looks at.
+DROPPED = {
+    "bloom": (transformers.BloomConfig(**SMALL, n_head=2, n_layer=2), 600),
+    "mpt": (
+        transformers.MptConfig(vocab_size=512, d_model=128, n_heads=2, n_layers=2, max_seq_len=512),
+        400,
+    ),
+    "gpt_neox_japanese": (  # many of them
+        transformers.GPTNeoXJapaneseConfig(
+            vocab_size=512, hidden_size=128, num_hidden_layers=3, num_attention_heads=8,
+            intermediate_multiple_size=3, bos_token_id=1, eos_token_id=2,
+        ),
+        600,
     ),
 }  # fmt: skip
 
@@ -255,9 +266,13 @@ def test_so_does_one_of_other_architectures(recipe, tmp_path, name):
     compare(recipe, tmp_path, name, {}, sources=3, lengths=2)
 
 
-@pytest.mark.parametrize("name", ["bloom, long rows", "mpt"])
-def test_so_does_one_whose_blocks_return_what_nobody_looks_at(recipe, tmp_path, name):
-    compare(recipe, tmp_path, name, {}, sources=3)
+@pytest.mark.parametrize("name", DROPPED)
+@pytest.mark.parametrize("sources, lengths", [(3, 1), (3, 2)])
+def test_so_does_one_whose_blocks_return_what_nobody_looks_at(
+    recipe, tmp_path, monkeypatch, name, sources, lengths
+):
+    monkeypatch.setitem(OTHERS, name, DROPPED[name])
+    compare(recipe, tmp_path, name, {}, sources=sources, lengths=lengths)
 
 
 @pytest.mark.parametrize("granularity", ["column", "element"])

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import get_args
 
 from mergekit_dam.check.parameters import is_idle
-from mergekit_dam.check.speed import duration, measure_speed
+from mergekit_dam.check.speed import Speed, duration, measure_speed
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import Forecast, Outline, is_read
+from mergekit_dam.fit.forecast import Forecast, Outline, is_read, own_models
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.resume import folder_of, states_of
@@ -37,7 +37,7 @@ class Estimate:
     weights: int  # of all sources together
     tokens: int  # that a step computes together, at most
     step: dict[str, int]  # `recompute` -> what a step takes beside the sources
-    seconds: float  # for so many tokens
+    seconds: float  # for so many tokens; 0 where too little memory is free to time anything
     fit_seconds: float  # of all steps; 0 where it is unknown how many
     file: int
     checkpoints: int
@@ -62,7 +62,9 @@ class Estimate:
             f"{self.coefficients:,} coefficients, {self.trained:,} of them trained",
             f"memory: weights {size(self.weights)}; a step of at most {self.tokens:,} tokens "
             f"{steps}{start}",
-            f"time: about {duration(self.seconds)} for so many tokens{whole}",
+            f"time: about {duration(self.seconds)} for so many tokens{whole}"
+            if self.seconds
+            else None,
             str(self.place),
             f"disk: coefficient file {size(self.file)}, checkpoints {size(self.checkpoints)}"
             f"{states}",
@@ -87,11 +89,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
     """Of a fit that writes the file `out`."""
     plan, skeleton, found = outline.plan, outline.skeleton, outline.foresee(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
-    weights = sum(found.sizes.values())
-    speed = measure_speed(
-        found.needs.parameters, width, len(plan.sources), dtype, found.place,
-        held=weights, is_live=settings.teacher == "live",
-    )  # fmt: skip
+    speed = _speed(outline, settings, found)
     sees_all = settings.teacher == "cached" and is_read(plan, outline.data)
     rows = rows_of_a_fit(StepRows(outline.data), settings, 1) if sees_all else []
     has_steps = settings.max_steps != 0
@@ -105,11 +103,11 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         unreached_tensors=len(found.numbers.keys() - skeleton.roles.keys()),
         coefficients=coefficients,
         trained=found.trained,
-        weights=weights,
+        weights=sum(found.sizes.values()),
         tokens=found.needs.tokens,
         step={mode: found.needs.of(mode) for mode in get_args(Recompute)},
-        seconds=speed.seconds(1, found.needs.tokens),
-        fit_seconds=speed.seconds(found.work.passes, found.work.tokens),
+        seconds=speed.seconds(1, found.needs.tokens) if speed else 0,
+        fit_seconds=speed.seconds(found.work.passes, found.work.tokens) if speed else 0,
         file=4 * coefficients,
         checkpoints=_checkpoints(settings, plan, found),
         states=bytes_of(rows, width, dtype) * has_steps,
@@ -117,6 +115,23 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         place=found.place,
         lack=lack(found.place, settings, outline.place),
     )
+
+
+def _speed(outline: Outline, settings: Settings, found: Forecast) -> Speed | None:
+    """None on a device that has no room for what is timed."""
+    plan, shapes = outline.plan, outline.shapes
+    try:
+        return measure_speed(
+            found.needs.parameters,
+            plan.model_config.get_text_config().hidden_size,
+            len(plan.sources),
+            found.dtype,
+            found.place,
+            held=sum(found.sizes.values()) + own_models(plan, shapes),
+            is_live=settings.teacher == "live",
+        )
+    except RuntimeError:  # torch's, of memory; what the fit lacks is told anyway
+        return None
 
 
 def _checkpoints(settings: Settings, plan: Plan, found: Forecast) -> int:

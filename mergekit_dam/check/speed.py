@@ -16,7 +16,6 @@ from mergekit_dam.model import Recompute
 PASSES: dict[Recompute, int] = {"block": 5, "weights": 4, "none": 4}
 MAKINGS: dict[Recompute, int] = {"block": 2, "weights": 2, "none": 1}  # of merged weights
 TOKENS = 512  # of the timed product
-READS = 2  # of the sources in a pass: forwards and backwards
 COPIED = 2**26  # bytes of the timed copy
 REPEAT, TOGETHER = 5, 4
 
@@ -57,10 +56,13 @@ def measure_speed(
     making = _seconds(lambda: combine(c.detach(), weights))
     reducing = _seconds(lambda: torch.autograd.grad(made, c, matrix, retain_graph=True)[0])
     matrices, passes = parameters / width**2, PASSES[mode] - (not is_live)
+    # A block's copies from host memory stay while it is computed with; those from files are made
+    # each time: for its weights, their gradients and the teachers.
+    copies = 2 if place.offload == "cpu" else MAKINGS[mode] + 1 + is_live
     return Speed(
         of_token=matrices * passes * product,
         of_pass=matrices * (MAKINGS[mode] * making + reducing),
-        copies=held * READS * _of_a_byte(place),
+        copies=held * copies * _of_a_byte(place),
         go_on=place.offload == "cpu",
     )
 

@@ -38,7 +38,7 @@ class Activations:
     given: float  # of that, what that one is given
     passed: float  # gradients of what that one is given
     taught: float  # what a block without gradients has at most
-    most: float  # what one with gradients has at most
+    most: float  # what one has at most that runs without gradients, then again with them
     passing: float  # beside what it keeps
 
 
@@ -114,7 +114,7 @@ class _Kept:
         self._own = {storage_of(t) for t in (*model.parameters(), *model.buffers())}
         self._tensors: dict[int, Tensor] = {}  # holding them keeps their storages apart
         self._given: dict[int, Tensor] = {}  # to blocks
-        self._outputs: dict[nn.Module, list[Tensor]] = {}
+        self._outputs: dict[nn.Module, dict[int, Tensor]] = {}  # by their places
         self.blocks: dict[nn.Module, _Seen] = {}
         self.kinds: dict[tuple, nn.Module] = {}  # the first block of each
 
@@ -134,15 +134,18 @@ class _Kept:
 
     def after(self, block: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         self.blocks[block].kept += self._made
-        self._outputs[block] = [tensor.detach() for tensor in tensors(output)]
+        inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
+        outputs = {n: t for n, t in enumerate(tensors(output)) if t.requires_grad}
+        own = {n: t.detach() for n, t in outputs.items() if storage_of(t) not in inputs}
+        self._outputs.setdefault(block, own)  # of the first time, which is run again
 
-    def passed_on(self, block: nn.Module) -> list[int]:
-        """Which of its outputs other blocks are given, by their places. All where none is as it
-        is: then something is made of them. What nobody looks at, as some models return their
-        attention's weights, has no gradients."""
+    def passed_on(self, block: nn.Module) -> set[int]:
+        """Which of its outputs have gradients, by their places: those that another block is given,
+        and not weights of attention that some models return and nobody looks at. All, where
+        blocks are given none of them, but something that was made of them."""
         outputs = self._outputs[block]
-        given = [n for n, tensor in enumerate(outputs) if storage_of(tensor) in self._given]
-        return given or list(range(len(outputs)))
+        given = {n for n, tensor in outputs.items() if storage_of(tensor) in self._given}
+        return given or set(outputs)
 
     @property
     def all(self) -> int:
@@ -178,7 +181,8 @@ def _at_most(model: nn.Module, tokens: int, kept: _Kept) -> tuple[float, float, 
             given = tree_map_only(OWN, _as_given, (args, kwargs))
             alone = _alone(block, kept.passed_on(block), *given)
             taught, most = (size / rows / tokens for size in alone)
-            found.append((taught, most, most - kept.blocks[block].kept / tokens))
+            beside = most - kept.blocks[block].kept / tokens
+            found.append((taught, max(taught, most), beside))
         if not left:
             raise _Enough
 
@@ -223,12 +227,15 @@ def _alone(
     """Bytes that a block has at most by itself, without gradients and with those of some of its
     outputs."""
     with torch.no_grad(), Live() as taught:
-        block.forward(*args, **kwargs)  # without the hooks
+        made = tensors(block.forward(*args, **kwargs))  # without the hooks
+        if left := [tensor for n, tensor in enumerate(made) if n not in outputs]:
+            del made
+            block.forward(*args, **kwargs)  # the next, while the model holds what it will drop
+        del left
     with Live() as most:
-        made = tensors(block.forward(*args, **kwargs))
-        made = [made[place] for place in outputs if made[place].requires_grad]
-        if made:  # gradients that nobody holds
-            sum((tensor * 1).sum() for tensor in made).backward()
+        made = tensors(block.forward(*args, **kwargs))  # all of which are there until the end
+        if outputs:  # gradients that nobody holds
+            sum((made[place] * 1).sum() for place in outputs).backward()
     block.zero_grad()
     return taught.most, most.most
 

@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.architectures [--shape tiny|gpu] [--only NAME] [--repeat 3]
 
-Two random models of each are saved in a temporary folder. Whether a model sees later tokens is
-tried, too: experts may take a token otherwise beside other ones.
+Two random models of each are saved in a temporary folder. What a fit refuses is tried, too: that a
+model sees later tokens, as one whose experts round a token otherwise in another batch could seem.
 """
 
 import gc
@@ -18,7 +18,7 @@ from transformers import PretrainedConfig
 
 from mergekit_dam.fit.causal import require_causal
 from tests.benchmarks.fit_step import PLAIN, made, measured, plain_step, prepared, steps_of
-from tests.benchmarks.measuring import machine, taken
+from tests.benchmarks.measuring import machine
 
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SOURCES, ROWS = 2, 2
@@ -44,11 +44,16 @@ class Sizes:
 
 
 SIZES = {
-    "tiny": Sizes(32, 2, 4, 2, 8, 64, 16, 4, 2, 64, 64, 64, 64, 8, 16),
-    "gpu": Sizes(
-        2048, 6, 16, 4, 128, 5632, 1024, 16, 4, 64_000, 256_000, 262_144, 151_936, 512, 1000
+    "tiny": Sizes(
+        width=32, layers=2, heads=4, shared=2, head=8, inner=64, expert=16, experts=4, used=2,
+        words=64, words_of_gemma_2=64, words_of_gemma_3=64, words_of_qwen_2=64, window=8, length=16,
     ),
-}
+    "gpu": Sizes(
+        width=2048, layers=6, heads=16, shared=4, head=128, inner=5632, expert=1024, experts=16,
+        used=4, words=64_000, words_of_gemma_2=256_000, words_of_gemma_3=262_144,
+        words_of_qwen_2=151_936, window=512, length=1000,
+    ),
+}  # fmt: skip
 
 
 def configs(s: Sizes) -> dict[str, PretrainedConfig]:
@@ -126,11 +131,10 @@ def _measured(
         folder = Path(temporary)
         models, _, ids = made(folder, config, dtype, SOURCES, False, ROWS, length, device)
         plain = {PLAIN: plain_step(models[0], torch.cat(ids), dtype, device)}
-        before = taken(device)
         fit = prepared(folder, models, None, ids, dtype, device, "none")
         require_causal(fit.merged)
         own = {n: s for n, s in steps_of(fit, folder, device).items() if "live" in n}
-        return measured(fit, plain, own, repeat, device, before)
+        return measured(fit, plain, own, repeat, device)
 
 
 if __name__ == "__main__":

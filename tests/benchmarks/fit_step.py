@@ -8,6 +8,7 @@ this process.
 """
 
 import copy
+import gc
 import math
 import tempfile
 from pathlib import Path
@@ -72,6 +73,7 @@ def main(
         )
         plain = {} if cap else {PLAIN: plain_step(models[0], torch.cat(ids), dtype, device)}
         for where in offload:  # one at a time: the sources of two would not fit
+            gc.collect()  # the last fit: its blocks and their model hold each other
             before = taken(device)
             fit = prepared(Path(temporary), models, origin, ids, dtype, device, where)
             own = steps_of(fit, Path(temporary), device, cap)
@@ -81,10 +83,15 @@ def main(
 
 
 def measured(
-    fit: Fit, plain: dict[str, Step], own: dict[str, Step], repeat: int, device: str, before: int
+    fit: Fit,
+    plain: dict[str, Step],
+    own: dict[str, Step],
+    repeat: int,
+    device: str,
+    before: int = 0,  # bytes that others have on the device
 ) -> str:
-    """The table of plain steps and the fit's. Of one that fetches its sources to a GPU, memory
-    is all that it has there beside the `before` bytes of others: with the blocks that are there."""
+    """The table of plain steps and the fit's. A fit that fetches its sources to a GPU has some of
+    their blocks there, which count with its step; the others' sources do not."""
     is_fetched = device != "cpu" and fit.place.offload != "none"
     since, sources = (before, fit.place.sources) if is_fetched else (None, 0)
     peaks = {name: peak_of(step, device) for name, step in plain.items()}

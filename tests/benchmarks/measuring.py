@@ -17,22 +17,21 @@ Step = Callable[[], None]
 class Peak:
     """The most memory that a step has beyond what was there before it (or `before`), in bytes.
 
-    On CUDA the allocator's, with what waits for another stream; on the CPU the process' own
-    resident pages (`RssAnon`), so that the memory-mapped files of the sources do not count.
+    On CUDA what the allocator has given, and what another stream is not done with; on the CPU the
+    process' own resident pages (`RssAnon`), so that the sources' memory-mapped files do not count.
     """
 
     def __init__(self, device: str, before: int | None = None):
         self._device, self._is_cuda = device, device.startswith("cuda")
-        self._before, self.most = before, 0
+        self._given, self.most = before, 0
 
     def __enter__(self) -> "Peak":
         gc.collect()
         if self._is_cuda:
-            torch.cuda.reset_peak_memory_stats()
+            torch.cuda.reset_peak_memory_stats(self._device)
         else:
             ctypes.CDLL(None).malloc_trim(0)
-        if self._before is None:
-            self._before = taken(self._device)
+        self._before = taken(self._device) if self._given is None else self._given
         if not self._is_cuda:
             self._ends = threading.Event()
             self._watch = threading.Thread(target=self._sample)
@@ -45,7 +44,8 @@ class Peak:
 
     def __exit__(self, *_) -> None:
         if self._is_cuda:
-            self.most = torch.cuda.memory_stats()["active_bytes.all.peak"] - self._before
+            self.most = torch.cuda.memory_stats(self._device)["active_bytes.all.peak"]
+            self.most -= self._before
         else:
             self._ends.set()
             self._watch.join()
@@ -62,7 +62,7 @@ def peak_of(step: Step, device: str, before: int | None = None) -> int:
 def taken(device: str) -> int:
     """Bytes that this process has there now."""
     if device.startswith("cuda"):
-        return torch.cuda.memory_stats().get("active_bytes.all.current", 0)
+        return torch.cuda.memory_stats(device).get("active_bytes.all.current", 0)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
