@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import transformers
 from mergekit.options import MergeOptions
 from transformers import trainer
@@ -14,10 +15,10 @@ from transformers import trainer
 from mergekit_dam.check import check
 from mergekit_dam.config import read_recipe
 from mergekit_dam.data import Row, SourceData
-from mergekit_dam.fit import chunks, fit
+from mergekit_dam.fit import chunks, fit, place
 from mergekit_dam.fit.batches import batch
 from mergekit_dam.fit.evaluate import evaluate
-from mergekit_dam.fit.forecast import held, merged_skeleton
+from mergekit_dam.fit.forecast import Outline, held, merged_skeleton
 from mergekit_dam.fit.objective import Distillation, interference
 from mergekit_dam.fit.optimizer import DifferencesAdamW, parameter_groups
 from mergekit_dam.fit.place import groups_of
@@ -26,7 +27,7 @@ from mergekit_dam.fit.teachers import KeptTeachers
 from mergekit_dam.headers import HeaderShapes
 from mergekit_dam.least_squares import least_squares, objective, walk
 from mergekit_dam.least_squares import rows as calibration
-from mergekit_dam.model import mixture
+from mergekit_dam.model import mixture, offload
 from mergekit_dam.model.live import Live
 
 QUIET = MergeOptions(quiet=True)
@@ -532,6 +533,35 @@ def test_what_the_sources_take_is_foreseen(recipe, tmp_path, name, keys):
     groups = groups_of(skeleton, expected)
     assert sum(groups) > 0 and max(groups) <= sum(expected.values())
     assert shapes.dtypes() == {found.merged.stack(n).dtype for n in found.merged.coefficients()}
+
+
+@pytest.mark.parametrize("name", ["activations", "weights", "depth", "head", "mixtral"])
+@pytest.mark.parametrize("mode", ["block", "weights"])  # `none` keeps merged weights of all blocks
+def test_blocks_that_a_gpu_fetches_are_foreseen(recipe, tmp_path, monkeypatch, name, mode):
+    """Copied here as to a GPU: one that computes, and the next."""
+
+    def copied(self, chosen, device, _stream):
+        self._arrived, self._device = None, device
+        self._inputs = {name: own.each(torch.clone) for name, own in chosen.items()}
+
+    monkeypatch.setattr(offload._Copy, "__init__", copied)
+    config, length = (STEPS | OTHERS)[name]
+    dam = {"offload": "cpu", "start": "average"}
+    found, step, _ = stepping(recipe, tmp_path, config, [length] * 3, dam)
+    with monkeypatch.context() as with_gpu:
+        with_gpu.setattr(place, "free_memory", lambda _: 10**12)
+        shapes = HeaderShapes(found.plan)
+        skeleton = merged_skeleton(found.plan, shapes)
+        outline = Outline(found.plan, shapes, skeleton, "cuda:0", found.data)
+        foreseen = outline.foresee(found.settings).place
+    sources = foreseen.sources - foreseen.waiting
+    found.merged.recompute = mode
+    with Live() as live:
+        for _ in range(3):
+            step()
+        live.most = live.now  # coefficients with their moments, and blocks of the step before
+        step()
+    assert sources + found.needs.of(mode) == pytest.approx(live.most, rel=0.15)
 
 
 def foreseen_and_taken(recipe, folder: Path, monkeypatch, dam: dict) -> tuple[int, int]:

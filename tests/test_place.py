@@ -18,7 +18,7 @@ from mergekit_dam.errors import DamError
 from mergekit_dam.fit import container, forecast, memory
 from mergekit_dam.fit import place as place_module
 from mergekit_dam.fit.forecast import Outline, merged_skeleton
-from mergekit_dam.fit.memory import Needs, Rows
+from mergekit_dam.fit.memory import Needs, Rows, size
 from mergekit_dam.fit.place import choose_recompute, place, remedies, require_memory
 from mergekit_dam.fit.prepare import prepare
 from mergekit_dam.headers import HeaderShapes
@@ -147,6 +147,20 @@ def test_a_start_that_does_not_fit_is_smaller_or_another(monkeypatch):
         with pytest.raises(DamError, match=told) as error:
             require_memory(large, Settings(data=()), again)
         assert error.value.message.startswith("The least-squares start needs about 10 MB")
+
+
+def test_a_fetched_block_is_there_with_the_next_and_room_is_asked_for_a_third(monkeypatch):
+    groups = [5000, 20_000, 20_000, 20_000, 100, 5000]
+    there = {"host": 10**6, "offload": "cpu", "recompute": "weights"}
+    found = place_on(monkeypatch, "cuda:0", groups, gpu=10**5, **there)
+    assert (found.sources, found.waiting) == (60_000, 20_000)
+    assert found.taken == found.needed - 20_000 == 40_000 + found.step
+    assert f"takes {size(found.taken)}" in str(found)
+    short = place_on(monkeypatch, "cuda:0", groups, gpu=found.needed - 1, **there)
+    assert found.fits and not short.fits
+    for offload in ("none", "disk"):
+        other = place_on(monkeypatch, "cuda:0", groups, gpu=10**5, host=10**6, offload=offload)
+        assert other.waiting == 0 and other.taken == other.needed
 
 
 def test_sources_that_are_models_of_their_own_have_copies_too(monkeypatch):

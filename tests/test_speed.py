@@ -15,7 +15,7 @@ from mergekit_dam.fit.place import Place
 
 HERE = Place(
     device="cpu", recompute="block", offload="none", sources=0, step=0, start=0, free=0, mapped=0,
-    host=0, free_host=0, told=(),
+    host=0, free_host=0, waiting=0, told=(),
 )  # fmt: skip
 WIDTH = 8
 

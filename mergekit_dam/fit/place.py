@@ -64,12 +64,19 @@ class Place:
     mapped: int  # files of the sources that are read where they lie, through the page cache
     host: int  # beside a GPU
     free_host: int
+    waiting: int  # of the sources on the device: a block that has gone when the GPU is done with it
     told: tuple[str, ...]  # sentences about what `auto` chose
 
     @property
     def needed(self) -> int:
         """On the device, at most at once."""
         return self.sources + max(self.step, self.start)
+
+    @property
+    def taken(self) -> int:
+        """Of that, what is in use at a time: by the start, the waiting block, too."""
+        of_start = self.sources + self.start if self.start else 0
+        return max(self.sources - self.waiting + self.step, of_start)
 
     @property
     def fits(self) -> bool:
@@ -82,7 +89,7 @@ class Place:
         )
         return (
             f"on {self.device}: recompute: {self.recompute}, offload: {self.offload}, takes "
-            f"{size(self.needed)}{mapped}{host}"
+            f"{size(self.taken)}{mapped}{host}"
         )
 
 
@@ -109,11 +116,12 @@ def place(
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
     there = {
         "none": sources if is_cuda else made,
-        "cpu": int(_most_together(groups) * (1 + own)) if is_cuda else made,
+        "cpu": int(_most_of(3, groups) * (1 + own)) if is_cuda else made,
         "disk": int(max(groups, default=0) * (1 + own)),
     }
     recompute, how = choose_recompute(settings, found, free - there[offload])
     is_copied = is_cast or (is_cuda and offload == "disk")
+    is_fetched = is_cuda and offload == "cpu"
     return Place(
         device=device,
         recompute=recompute,
@@ -123,16 +131,17 @@ def place(
         start=start.of(is_copied=is_copied) if start else 0,
         free=free,
         mapped=0 if is_cuda or offload == "disk" else sources - made,
-        host=sources if is_cuda and offload == "cpu" else 0,
+        host=sources if is_fetched else 0,
         free_host=host,
+        waiting=there["cpu"] - int(_most_of(2, groups) * (1 + own)) if is_fetched else 0,
         told=tuple(filter(None, (why, how if settings.max_steps else ""))),
     )
 
 
-def _most_together(groups: Sequence[int]) -> int:
-    """Of a block, of the one that is copied for later, and of the one before, whose memory is free
-    when the GPU is done with it."""
-    return max(sum(groups[start : start + 3]) for start in range(len(groups))) if groups else 0
+def _most_of(count: int, groups: Sequence[int]) -> int:
+    """Of so many blocks that follow each other: one that computes, the next, which is copied for
+    later, and the one before, whose memory is free when the GPU is done with it."""
+    return max(sum(groups[start : start + count]) for start in range(len(groups))) if groups else 0
 
 
 def groups_of(skeleton: Skeleton, sizes: Mapping[str, int]) -> list[int]:

@@ -93,7 +93,8 @@ def measured(
     """The table of plain steps and the fit's. A fit that fetches its sources to a GPU has some of
     their blocks there, which count with its step; the others' sources do not."""
     is_fetched = device != "cpu" and fit.place.offload != "none"
-    since, sources = (before, fit.place.sources) if is_fetched else (None, 0)
+    since = before if is_fetched else None
+    sources = fit.place.sources - fit.place.waiting if is_fetched else 0
     peaks = {name: peak_of(step, device) for name, step in plain.items()}
     peaks |= {name: peak_of(step, device, since) for name, step in own.items()}
     predicted = {name: sources + fit.needs.of(mode_of(name)) for name in own}

@@ -17,8 +17,8 @@ Step = Callable[[], None]
 class Peak:
     """The most memory that a step has beyond what was there before it (or `before`), in bytes.
 
-    On CUDA what the allocator has given, and what another stream is not done with; on the CPU the
-    process' own resident pages (`RssAnon`), so that the sources' memory-mapped files do not count.
+    On CUDA the allocator's; on the CPU the process' own resident pages (`RssAnon`), so that the
+    memory-mapped files of the sources do not count.
     """
 
     def __init__(self, device: str, before: int | None = None):
@@ -44,8 +44,7 @@ class Peak:
 
     def __exit__(self, *_) -> None:
         if self._is_cuda:
-            self.most = torch.cuda.memory_stats(self._device)["active_bytes.all.peak"]
-            self.most -= self._before
+            self.most = torch.cuda.max_memory_allocated(self._device) - self._before
         else:
             self._ends.set()
             self._watch.join()
@@ -62,7 +61,7 @@ def peak_of(step: Step, device: str, before: int | None = None) -> int:
 def taken(device: str) -> int:
     """Bytes that this process has there now."""
     if device.startswith("cuda"):
-        return torch.cuda.memory_stats(device).get("active_bytes.all.current", 0)
+        return torch.cuda.memory_allocated(device)
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
