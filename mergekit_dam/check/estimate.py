@@ -9,7 +9,7 @@ from mergekit_dam.check.parameters import is_idle
 from mergekit_dam.check.speed import Speed, duration, measure_speed
 from mergekit_dam.config.settings import Settings
 from mergekit_dam.fit.batches import StepRows
-from mergekit_dam.fit.forecast import Forecast, Outline, is_read, own_models
+from mergekit_dam.fit.forecast import Forecast, Outline, is_read
 from mergekit_dam.fit.memory import size
 from mergekit_dam.fit.place import Place, lack
 from mergekit_dam.fit.resume import folder_of, states_of
@@ -89,7 +89,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
     """Of a fit that writes the file `out`."""
     plan, skeleton, found = outline.plan, outline.skeleton, outline.foresee(settings)
     width, dtype = plan.model_config.get_text_config().hidden_size, found.dtype
-    speed = _speed(outline, settings, found)
+    speed = _speed(found, settings, width, len(plan.sources))
     sees_all = settings.teacher == "cached" and is_read(plan, outline.data)
     rows = rows_of_a_fit(StepRows(outline.data), settings, 1) if sees_all else []
     has_steps = settings.max_steps != 0
@@ -117,18 +117,12 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
     )
 
 
-def _speed(outline: Outline, settings: Settings, found: Forecast) -> Speed | None:
+def _speed(found: Forecast, settings: Settings, width: int, sources: int) -> Speed | None:
     """None on a device that has no room for what is timed."""
-    plan, shapes = outline.plan, outline.shapes
+    parameters, is_live = found.needs.parameters, settings.teacher == "live"
     try:
         return measure_speed(
-            found.needs.parameters,
-            plan.model_config.get_text_config().hidden_size,
-            len(plan.sources),
-            found.dtype,
-            found.place,
-            held=sum(found.sizes.values()) + own_models(plan, shapes),
-            is_live=settings.teacher == "live",
+            parameters, width, sources, found.dtype, found.place, held=found.held, is_live=is_live
         )
     except RuntimeError:  # torch's, of memory; what the fit lacks is told anyway
         return None

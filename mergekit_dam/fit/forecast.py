@@ -34,6 +34,7 @@ class Forecast:
     trained: int  # of these numbers
     dtype: torch.dtype  # of the forward pass
     sizes: dict[str, int]  # output tensor -> bytes that the fit holds for it
+    held: int  # of all of them, and of sources that are models of their own, once more
     work: Workload
     needs: Needs  # of a step
     place: Place
@@ -73,6 +74,7 @@ class Outline:
         is_cast = shapes.dtypes() != {dtype}
         sizes = held(shapes, settings, skeleton)
         work = foreseen_work(plan, settings, self.data)
+        all_held = sum(sizes.values()) + own_models(plan, shapes)
         found = needs(
             plan.model_config,
             skeleton,
@@ -92,14 +94,14 @@ class Outline:
             settings,
             self.device,
             found,
-            sum(sizes.values()) + own_models(plan, shapes),
+            all_held,
             groups_of(skeleton, sizes),
             self._of_start(settings, dtype, names, trained),
             made=sum(held(shapes, settings, skeleton, only_made=True).values()),
             own=len(plan.models_of_their_own) / len(plan.sources),
             is_cast=is_cast,
         )
-        return Forecast(numbers, count, dtype, sizes, work, found, where)
+        return Forecast(numbers, count, dtype, sizes, all_held, work, found, where)
 
     def place(self, settings: Settings) -> Place:
         return self.foresee(settings).place
