@@ -5,11 +5,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mergekit_dam.fit.place import Place
 from mergekit_dam.formula import combine
 from mergekit_dam.model import Recompute
+from mergekit_dam.products import fast_products
 
 # Through all matrices. Forwards: the sources, the merge, with blocks that are made again the merge
 # once more; backwards: to activations and to weights.
@@ -51,7 +53,8 @@ def measure_speed(
     x, matrix = (torch.rand(rows, width).to(device, dtype) for rows in (TOKENS, width))
     weights = [matrix.clone() for _ in range(sources)]
     c = torch.full((sources, 1, width), 1 / sources, device=device, requires_grad=True)
-    product = _seconds(lambda: x @ matrix) / TOKENS
+    with fast_products(x.device):
+        product = _seconds(lambda: F.linear(x, matrix)) / TOKENS
     made = combine(c, weights)
     making = _seconds(lambda: combine(c.detach(), weights))
     reducing = _seconds(lambda: torch.autograd.grad(made, c, matrix, retain_graph=True)[0])

@@ -180,6 +180,8 @@ def foreseen_work(plan: Plan, settings: Settings, data: Sequence[SourceData]) ->
         steps=max(settings.max_steps, 0),
         passes=passes,
         tokens=passes * sum(together.tokens),
+        together=frozenset([sum(together.tokens)]),
+        taught=frozenset(together.tokens),
     )
 
 

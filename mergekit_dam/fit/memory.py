@@ -20,6 +20,7 @@ from mergekit_dam.model.activations import Activations
 from mergekit_dam.model.logits import Logits
 from mergekit_dam.model.lookup import is_shared
 from mergekit_dam.model.mixture import serves
+from mergekit_dam.products import kept_code
 
 PATHS = 2  # of a row that is evaluated: the merge's and the source's
 KEPT = 2  # of what a block is given, in each: its own, and what the first was given
@@ -61,6 +62,7 @@ class Needs:
     alone: float = 0  # while a row is evaluated alone
     piece: int = 0  # of a weight whose gradient is reduced, what is made of it at a time
     cast: int = 0  # a source's block, where it is a copy in another dtype
+    code: int = 0  # that a library makes for products of these shapes, and keeps
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
     def of(self, recompute: Recompute) -> int:
@@ -74,7 +76,7 @@ class Needs:
         at_head = self.head + self.losses + 3 * self.states + later
         passing = max(self.cast + self.taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
-        always = self.optimizer + self.known
+        always = self.optimizer + self.known + self.code
         return int(always + max(step, self.coefficients + self.table, self.last, self.alone))
 
     def _sum(self, name: str) -> float:
@@ -163,8 +165,20 @@ def needs(
         optimizer=optimizer[0],
         known=known,
         last=max(optimizer[1], last),
+        code=kept_code(_linear(skeleton), work.together, _untrained(work), dtype, where),
         parameters=sum(sizes.values()) + logits.weights,
     )
+
+
+def _linear(skeleton: Skeleton) -> list[torch.Size]:
+    """The shapes of its layers' weights."""
+    modules = chain.from_iterable(block.modules() for _, block in skeleton.read_blocks())
+    return [module.weight.shape for module in modules if isinstance(module, nn.Linear)]
+
+
+def _untrained(work: Workload) -> set[int]:
+    """Tokens that go through without gradients: of a source, or of a row that is evaluated."""
+    return {*work.taught, *range(work.alone + 1)}
 
 
 def _taught(work: Workload, device: torch.device) -> Iterator[tuple[int, int]]:

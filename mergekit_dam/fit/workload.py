@@ -34,6 +34,8 @@ class Workload:
     steps: int  # 0 where it is unknown how many
     passes: int  # of one process
     tokens: int  # of all passes
+    together: frozenset[int]  # tokens of each group, of all sources; what comes often counts once
+    taught: frozenset[int]  # of each source
 
     @property
     def largest(self) -> tuple[int, ...]:
@@ -72,6 +74,8 @@ def workload(
         steps=extent.steps,
         passes=extent.passes,
         tokens=tokens,
+        together=frozenset(sum(group.tokens) for groups in found for group in groups),
+        taught=frozenset(own for groups in found for group in groups for own in group.tokens),
     )
 
 

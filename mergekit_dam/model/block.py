@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from mergekit_dam.errors import DamError
 from mergekit_dam.model.assembly import Assembly
 from mergekit_dam.model.skeleton import Skeleton
+from mergekit_dam.products import fast_products
 
 # A view (see `views.View`), output tensors, and those of which rows are looked up -> their weights.
 Make = Callable[[Any, Sequence[str], Collection[str]], Mapping[str, Tensor]]
@@ -72,7 +73,8 @@ class Block(nn.Module):
         torch looks for every place each time: a twentieth of a short block's time on a GPU.)"""
         before = self._put(weights)
         try:
-            return self.block(*args, **kwargs)
+            with fast_products(next(iter(weights.values())).device):
+                return self.block(*args, **kwargs)
         finally:
             self._put(before)
 

@@ -11,6 +11,7 @@ import copy
 import gc
 import math
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -28,6 +29,7 @@ from mergekit_dam.fit.memory import free_memory
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.teachers import KeptTeachers
+from mergekit_dam.products import fast_products
 from tests import tiny
 from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table, taken
 
@@ -47,6 +49,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 PLAIN = "plain training step"
+SAME = "a plain step with the fit's products"  # where these are others than torch's
 
 
 @click.command()
@@ -71,7 +74,7 @@ def main(
         models, origin, ids = made(
             folder or Path(temporary), config, dtype, sources, base, rows, length, device
         )
-        plain = {} if cap else {PLAIN: plain_step(models[0], torch.cat(ids), dtype, device)}
+        plain = {} if cap else plain_steps(models[0], torch.cat(ids), dtype, device)
         for where in offload:  # one at a time: the sources of two would not fit
             gc.collect()  # the last fit: its blocks and their model hold each other
             before = taken(device)
@@ -143,6 +146,19 @@ def save(folder: Path, config, seed: int, dtype: torch.dtype, device: str = "cpu
     model.save_pretrained(folder)
     tiny.save_tokenizer(folder)
     return folder
+
+
+def plain_steps(
+    folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str
+) -> dict[str, Step]:
+    """Of one model; ratios are to the first."""
+    step, products = plain_step(folder, ids, dtype, device), fast_products(torch.device(device))
+
+    def same() -> None:
+        with products:
+            step()
+
+    return {PLAIN: step} | ({} if isinstance(products, nullcontext) else {SAME: same})
 
 
 def plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str):

@@ -1,0 +1,134 @@
+"""Products of layers on a CPU, by the library of torch's that is fastest there.
+
+torch leaves products in float32 to Intel's MKL, which computes on other makers' processors without
+their AVX-512. oneDNN, to which torch leaves narrower numbers, computes with it: in about half of
+the time.
+"""
+
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+# Rows. For each number of them that it has seen oneDNN keeps code: so it gets whole parts, whose
+# number varies little, and MKL what is left.
+PART = 128
+CODE = 450_000  # bytes of it, about, for a product
+LEAST = 2**17  # numbers of a weight; with fewer a call takes longer than it saves
+WIDE = 4  # times as many outputs as inputs: what is left is put beside by a copy; not of logits
+COPIED = 512  # outputs, whose gradients oneDNN copies to sum them up; not those of all logits
+
+
+def fast_products(device: torch.device) -> AbstractContextManager:
+    """A context in which `torch.nn.functional.linear` is computed so; its gradients are, too,
+    wherever their pass runs. Within float32 rounding the same."""
+    return _Products() if device.type == "cpu" and onednn_is_faster() else nullcontext()
+
+
+def kept_code(
+    weights: Collection[Sequence[int]],  # their shapes [out, in]
+    trained: Collection[int],  # each number of rows that goes through with gradients
+    untrained: Collection[int],  # and without
+    dtype: torch.dtype,
+    device: torch.device,
+) -> int:
+    """Bytes that oneDNN keeps for such layers: of each product, with gradients three."""
+    if dtype != torch.float32 or device.type != "cpu" or not onednn_is_faster():
+        return 0
+    numbers = [{_whole(rows) for rows in own} - {0} for own in (trained, untrained)]
+    products = 3 * len(numbers[0]) + len(numbers[1])
+    return CODE * products * len({tuple(w) for w in weights if math.prod(w) >= LEAST})
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Told by what the processor is: two measurements might choose differently in two runs, and
+    results would differ in their last bits."""
+    processor = getattr(torch.cpu, "get_capabilities", dict)()
+    return (
+        "AMD" in processor.get("cpu_name", "")
+        and processor.get("avx512_f", False)
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+class _Products(TorchFunctionMode):
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is F.linear and _is_served(*args, **(kwargs or {})):
+            function = _linear
+        return function(*args, **(kwargs or {}))
+
+
+def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Plain matrices, large enough."""
+    given = (input, weight) if bias is None else (input, weight, bias)
+    return (
+        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 for t in given)
+        and weight.dim() == 2
+        and weight.numel() >= LEAST
+        and input.numel() >= PART * weight.shape[1]
+    )
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[.., in], [out, in], [out] -> [.., out], which may be changed in place."""
+    made = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
+    return made.view(*input.shape[:-1], len(weight))
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps what `torch.nn.functional.linear` keeps."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return _product(x.contiguous(), weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, outer):
+        (x, weight), outer = ctx.saved_tensors, outer.contiguous()
+        return (
+            None if weight is None else _product(outer, weight.t()),
+            None if x is None else _summed(outer, x.contiguous()),
+            outer.sum(0) if ctx.needs_input_grad[2] else None,
+        )
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[rows, in], [out, in], [out] -> [rows, out]"""
+    whole = _whole(len(x))
+    if whole == len(x):
+        return _by_onednn(x, weight, bias)
+    if len(weight) > WIDE * x.shape[1]:
+        return F.linear(x, weight, bias)
+    made = _by_onednn(x[:whole], weight, bias)
+    return torch.cat([made, F.linear(x[whole:], weight, bias)])
+
+
+def _summed(outer: Tensor, x: Tensor) -> Tensor:
+    """[rows, out], [rows, in] -> [out, in], the sum of each row's product."""
+    whole = _whole(len(x))
+    result = x.new_empty(outer.shape[1], x.shape[1])
+    for made, own in zip(result.split(COPIED), outer[:whole].split(COPIED, 1), strict=True):
+        made.copy_(_by_onednn(own.t(), x[:whole].t()))
+    return result if whole == len(x) else result.addmm_(outer[whole:].t(), x[whole:])
+
+
+def _whole(rows: int) -> int:
+    return rows // PART * PART
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
