@@ -7,15 +7,14 @@ the time.
 
 import functools
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.overrides import TorchFunctionMode
+from torch.nn.functional import linear
 
 # Rows. For each number of them that it has seen oneDNN keeps code: so it gets whole parts, whose
 # number varies little, and MKL what is left.
@@ -26,10 +25,23 @@ WIDE = 4  # times as many outputs as inputs: what is left is put beside by a cop
 COPIED = 512  # outputs, whose gradients oneDNN copies to sum them up; not those of all logits
 
 
-def fast_products(device: torch.device) -> AbstractContextManager:
+@contextmanager
+def fast_products(device: torch.device) -> Iterator[None]:
     """A context in which `torch.nn.functional.linear` is computed so; its gradients are, too,
     wherever their pass runs. Within float32 rounding the same."""
-    return _Products() if device.type == "cpu" and onednn_is_faster() else nullcontext()
+    if device.type != "cpu" or not onednn_is_faster():
+        yield
+        return
+    before = F.linear
+
+    def faster(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return (_linear if _is_served(input, weight, bias) else before)(input, weight, bias)
+
+    F.linear = faster
+    try:
+        yield
+    finally:
+        F.linear = before
 
 
 def kept_code(
@@ -60,16 +72,7 @@ def onednn_is_faster() -> bool:
     )
 
 
-class _Products(TorchFunctionMode):
-    def __torch_function__(
-        self, function: Any, types: Any, args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if function is F.linear and _is_served(*args, **(kwargs or {})):
-            function = _linear
-        return function(*args, **(kwargs or {}))
-
-
-def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Plain matrices, large enough."""
     given = (input, weight) if bias is None else (input, weight, bias)
     return (
@@ -80,7 +83,7 @@ def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> boo
     )
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """[.., in], [out, in], [out] -> [.., out], which may be changed in place."""
     made = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, bias)
     return made.view(*input.shape[:-1], len(weight))
@@ -112,9 +115,9 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if whole == len(x):
         return _by_onednn(x, weight, bias)
     if len(weight) > WIDE * x.shape[1]:
-        return F.linear(x, weight, bias)
+        return linear(x, weight, bias)
     made = _by_onednn(x[:whole], weight, bias)
-    return torch.cat([made, F.linear(x[whole:], weight, bias)])
+    return torch.cat([made, linear(x[whole:], weight, bias)])
 
 
 def _summed(outer: Tensor, x: Tensor) -> Tensor:
