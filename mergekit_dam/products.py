@@ -20,16 +20,16 @@ from torch.nn.functional import linear
 # number varies little, and MKL what is left.
 PART = 128
 CODE = 450_000  # bytes of it, about, for a product
-LEAST = 2**17  # numbers of a weight; with fewer a call takes longer than it saves
+LEAST = 2**18  # numbers of a weight; with fewer a call takes longer than it saves
 WIDE = 4  # times as many outputs as inputs: what is left is put beside by a copy; not of logits
 COPIED = 512  # outputs, whose gradients oneDNN copies to sum them up; not those of all logits
 
 
 @contextmanager
-def fast_products(device: torch.device) -> Iterator[None]:
+def fast_products(device: torch.device | None) -> Iterator[None]:
     """A context in which `torch.nn.functional.linear` is computed so; its gradients are, too,
-    wherever their pass runs. Within float32 rounding the same."""
-    if device.type != "cpu" or not onednn_is_faster():
+    wherever their pass runs. Within float32 rounding the same. Without a device as usual."""
+    if device is None or device.type != "cpu" or not onednn_is_faster():
         yield
         return
     before = F.linear

@@ -18,7 +18,7 @@ from mergekit_dam.products import LEAST, PART, fast_products, kept_code
 
 CPU = torch.device("cpu")
 MODES = ("block", "weights", "none")
-SIZES = [384, 385, 600]  # a weight of any two has LEAST numbers
+SIZES = [512, 513, 600]  # a weight of any two has LEAST numbers
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -85,13 +85,13 @@ def test_a_layer_and_its_gradients_are_what_torch_computes(
 
 
 def test_whole_parts_go_to_onednn_and_the_rest_to_torch(monkeypatch):
-    shapes, x = served(monkeypatch), torch.randn(2 * PART + 5, 300)
+    shapes, x = served(monkeypatch), torch.randn(2 * PART + 5, 400)
     with fast_products(CPU):
-        results(x, torch.randn(700, 300), None, torch.ones(len(x), 700))
+        results(x, torch.randn(700, 400), None, torch.ones(len(x), 700))
     first, back, *summed = shapes
-    assert first == (2 * PART, 700, 300)
-    assert back == (2 * PART, 300, 700)
-    assert summed == [(512, 300, 2 * PART), (188, 300, 2 * PART)]
+    assert first == (2 * PART, 700, 400)
+    assert back == (2 * PART, 400, 700)
+    assert summed == [(512, 400, 2 * PART), (188, 400, 2 * PART)]
 
 
 def test_logits_are_not_copied_for_what_is_left(monkeypatch):
@@ -108,12 +108,12 @@ def test_logits_are_not_copied_for_what_is_left(monkeypatch):
 @pytest.mark.parametrize(
     "x, weight",
     [
-        (torch.randn(PART - 1, 512), torch.randn(256, 512)),
-        (torch.randn(PART, 511), torch.randn(256, 511)),
-        (torch.randn(PART, 512).bfloat16(), torch.randn(256, 512).bfloat16()),
-        (torch.randn(PART, 512).double(), torch.randn(256, 512).double()),
+        (torch.randn(PART - 1, 512), torch.randn(512, 512)),
+        (torch.randn(PART, 511), torch.randn(512, 511)),
+        (torch.randn(PART, 512).bfloat16(), torch.randn(512, 512).bfloat16()),
+        (torch.randn(PART, 512).double(), torch.randn(512, 512).double()),
         (torch.randn(PART, LEAST), torch.randn(LEAST)),
-        (torch.randn(PART, 512), torch.randn(256, 512).as_subclass(type("Own", (Tensor,), {}))),
+        (torch.randn(PART, 512), torch.randn(512, 512).as_subclass(type("Own", (Tensor,), {}))),
     ],
     ids=["few rows", "a small weight", "bfloat16", "float64", "a vector", "a tensor of its own"],
 )
@@ -126,7 +126,7 @@ def test_other_products_stay_as_they_are(monkeypatch, x, weight):
 
 
 def test_it_keeps_what_torch_keeps():
-    x, weight = torch.randn(PART, 512), torch.randn(300, 512)
+    x, weight = torch.randn(PART, 512), torch.randn(600, 512)
     for x_trained, weight_trained in ((True, True), (True, False), (False, True), (False, False)):
         kept = []
         for device in (CPU, torch.device("cuda")):  # there it is as usual
@@ -212,7 +212,7 @@ def test_the_processor_decides(monkeypatch, processor, is_faster):
 
 def test_code_is_counted_once_for_each_number_of_parts(monkeypatch):
     of_one = products.CODE
-    layers = [(512, 256), (300, 512), (512, 256), (10, 10)]
+    layers = [(512, 512), (600, 512), (512, 512), (10, 10)]
 
     def counted(trained, untrained, dtype=torch.float32, device=CPU):
         return kept_code(layers, trained, untrained, dtype, device)

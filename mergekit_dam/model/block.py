@@ -73,7 +73,7 @@ class Block(nn.Module):
         torch looks for every place each time: a twentieth of a short block's time on a GPU.)"""
         before = self._put(weights)
         try:
-            with fast_products(next(iter(weights.values())).device):
+            with fast_products(next((w.device for w in weights.values()), None)):
                 return self.block(*args, **kwargs)
         finally:
             self._put(before)

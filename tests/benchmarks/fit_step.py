@@ -20,6 +20,7 @@ import transformers
 import yaml
 from mergekit.options import MergeOptions
 
+from mergekit_dam import products
 from mergekit_dam.config import read_recipe
 from mergekit_dam.config.settings import Objective
 from mergekit_dam.data import Row, SourceData
@@ -28,7 +29,6 @@ from mergekit_dam.fit.memory import free_memory
 from mergekit_dam.fit.objective import Distillation
 from mergekit_dam.fit.prepare import Fit, prepare
 from mergekit_dam.fit.teachers import KeptTeachers
-from mergekit_dam.products import fast_products, onednn_is_faster
 from tests import tiny
 from tests.benchmarks.measuring import Step, alternate, machine, peak_of, table, taken
 
@@ -63,10 +63,13 @@ SAME = "a plain step with the fit's products"  # where these are others than tor
 @click.option("--cap", type=float, help="GB of the GPU that may be used")
 @click.option("--layers", type=int, help="instead of the shape's own number")
 @click.option("--folder", type=Path, help="where the models are kept")
+@click.option("--mkl", is_flag=True, help="products as on other makers' processors")
 @click.option("--only", default="", help="the steps of the fit whose names have this in them")
 def main(
-    shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder, only
+    shape, sources, base, rows, length, repeat, device, offload, cap, layers, folder, mkl, only
 ) -> None:
+    if mkl:
+        products.onednn_is_faster = lambda: False
     device = chosen(device, cap)
     config, dtype = told(shape, layers, sources, base, rows, length, device)
     with tempfile.TemporaryDirectory() as temporary:
@@ -154,10 +157,10 @@ def plain_steps(
     step = plain_step(folder, ids, dtype, device)
 
     def same() -> None:
-        with fast_products(torch.device(device)):
+        with products.fast_products(torch.device(device)):
             step()
 
-    return {PLAIN: step} | ({SAME: same} if device == "cpu" and onednn_is_faster() else {})
+    return {PLAIN: step} | ({SAME: same} if device == "cpu" and products.onednn_is_faster() else {})
 
 
 def plain_step(folder: Path, ids: torch.Tensor, dtype: torch.dtype, device: str):
