@@ -19,16 +19,24 @@ from torch.nn.functional import linear
 # Rows. For each number of them that it has seen oneDNN keeps code: so it gets whole parts, whose
 # number varies little, and MKL what is left.
 PART = 128
-CODE = 450_000  # bytes of it, about, for a product
+CODE = 600_000  # bytes of it, about, for a product
+MOST = 1024  # products whose code it keeps
 LEAST = 2**18  # numbers of a weight; with fewer a call takes longer than it saves
-WIDE = 4  # times as many outputs as inputs: what is left is put beside by a copy; not of logits
-COPIED = 512  # outputs, whose gradients oneDNN copies to sum them up; not those of all logits
+# What MKL made of the rows that are left is put beside the rest by a copy: not where outputs are so
+# many times the inputs, as logits are, of which two would be there at once.
+WIDE = 4
+# Outputs. To sum up rows' products oneDNN copies their gradients: of so many at a time.
+SUMMED = 512
 
 
 @contextmanager
 def fast_products(device: torch.device | None) -> Iterator[None]:
     """A context in which `torch.nn.functional.linear` is computed so; its gradients are, too,
-    wherever their pass runs. Within float32 rounding the same. Without a device as usual."""
+    wherever their pass runs. Within float32 rounding the same. Without a device as usual.
+
+    Its gradients have none in their turn, and `torch.func` does not know them. Layers that keep
+    their weights another way do not come here: experts in one tensor, GPT-2's `Conv1D`.
+    """
     if device is None or device.type != "cpu" or not onednn_is_faster():
         yield
         return
@@ -56,7 +64,7 @@ def kept_code(
         return 0
     numbers = [{_whole(rows) for rows in own} - {0} for own in (trained, untrained)]
     products = 3 * len(numbers[0]) + len(numbers[1])
-    return CODE * products * len({tuple(w) for w in weights if math.prod(w) >= LEAST})
+    return CODE * min(MOST, products * len({tuple(w) for w in weights if math.prod(w) >= LEAST}))
 
 
 @functools.cache
@@ -67,6 +75,7 @@ def onednn_is_faster() -> bool:
     return (
         "AMD" in processor.get("cpu_name", "")
         and processor.get("avx512_f", False)
+        and torch.backends.mkl.is_available()
         and torch.backends.mkldnn.is_available()
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     )
@@ -74,13 +83,27 @@ def onednn_is_faster() -> bool:
 
 def _is_served(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Plain matrices, large enough."""
-    given = (input, weight) if bias is None else (input, weight, bias)
     return (
-        all(type(t) in (Tensor, nn.Parameter) and t.dtype == torch.float32 for t in given)
+        all(map(_is_plain, (input, weight)))
         and weight.dim() == 2
         and weight.numel() >= LEAST
         and input.numel() >= PART * weight.shape[1]
+        and (bias is None or (_is_plain(bias) and _is_dense(bias, len(weight))))
+        and not torch.is_autocast_enabled("cpu")
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and tensor.dtype == torch.float32
+        and tensor.layout == torch.strided
+    )
+
+
+def _is_dense(bias: Tensor, outputs: int) -> bool:
+    """oneDNN takes any for such."""
+    return bias.shape == (outputs,) and bias.is_contiguous()
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -124,7 +147,7 @@ def _summed(outer: Tensor, x: Tensor) -> Tensor:
     """[rows, out], [rows, in] -> [out, in], the sum of each row's product."""
     whole = _whole(len(x))
     result = x.new_empty(outer.shape[1], x.shape[1])
-    for made, own in zip(result.split(COPIED), outer[:whole].split(COPIED, 1), strict=True):
+    for made, own in zip(result.split(SUMMED), outer[:whole].split(SUMMED, 1), strict=True):
         made.copy_(_by_onednn(own.t(), x[:whole].t()))
     return result if whole == len(x) else result.addmm_(outer[whole:].t(), x[whole:])
 
