@@ -239,8 +239,7 @@ def compare(
         found.merged.recompute = mode
         with Live() as live:
             step()
-        tensors = found.needs.of(mode) - found.needs.code
-        assert tensors == pytest.approx(there + live.most, rel=0.15), mode
+        assert found.needs.of(mode) == pytest.approx(there + live.most, rel=0.15), mode
         assert live.now == 0, mode  # nothing stays that the next step would find
 
 
@@ -562,8 +561,7 @@ def test_blocks_that_a_gpu_fetches_are_foreseen(recipe, tmp_path, monkeypatch, n
             step()
         live.most = live.now  # coefficients with their moments, and blocks of the step before
         step()
-    tensors = found.needs.of(mode) - found.needs.code
-    assert sources + tensors == pytest.approx(live.most, rel=0.15)
+    assert sources + found.needs.of(mode) == pytest.approx(live.most, rel=0.15)
 
 
 def foreseen_and_taken(recipe, folder: Path, monkeypatch, dam: dict) -> tuple[int, int]:

@@ -266,3 +266,4 @@ def test_the_code_of_all_steps_is_foreseen(recipe, tmp_path, wide, monkeypatch):
     made = {shape for shape in shapes if shape[1:] in layers or shape[:0:-1] in layers}
     assert len(made) > 20
     assert len(made) <= found.needs.code / products.CODE
+    assert found.place.step == found.needs.of(found.place.recompute) + found.needs.code

@@ -105,7 +105,7 @@ def estimate(outline: Outline, settings: Settings, out: str) -> Estimate:
         trained=found.trained,
         weights=sum(found.sizes.values()),
         tokens=found.needs.tokens,
-        step={mode: found.needs.of(mode) for mode in get_args(Recompute)},
+        step={mode: found.needs.with_code(mode) for mode in get_args(Recompute)},
         seconds=speed.seconds(1, found.needs.tokens) if speed else 0,
         fit_seconds=speed.seconds(found.work.passes, found.work.tokens) if speed else 0,
         file=4 * coefficients,

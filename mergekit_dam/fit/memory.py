@@ -65,10 +65,14 @@ class Needs:
     code: int = 0  # that a library makes for products of these shapes, and keeps
     parameters: int = 0  # how many numbers the matrices of all blocks and the head have
 
+    def with_code(self, recompute: Recompute) -> int:
+        """The peak, and what is kept beside tensors."""
+        return self.of(recompute) + self.code
+
     def of(self, recompute: Recompute) -> int:
-        """The peak: in a teacher's block, while the head's losses are computed, gradients of a
-        block's weights, those of an embedding, which come last, the optimiser's step, or in a block
-        when a long row is evaluated."""
+        """The peak of all tensors: in a teacher's block, while the head's losses are computed,
+        gradients of a block's weights, those of an embedding, which come last, the optimiser's
+        step, or in a block when a long row is evaluated."""
         is_again = recompute == "block"
         kept = self._sum("inputs" if is_again else "all")
         held = self.blocks if recompute == "none" else 0
@@ -76,7 +80,7 @@ class Needs:
         at_head = self.head + self.losses + 3 * self.states + later
         passing = max(self.cast + self.taught, at_head, *self._in_a_block(recompute))
         step = kept + held + self.coefficients + passing
-        always = self.optimizer + self.known + self.code
+        always = self.optimizer + self.known
         return int(always + max(step, self.coefficients + self.table, self.last, self.alone))
 
     def _sum(self, name: str) -> float:

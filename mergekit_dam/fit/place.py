@@ -24,10 +24,10 @@ def choose_recompute(settings: Settings, found: Needs, free: int) -> tuple[Recom
         return settings.recompute, ""
     limit = STEP * free
     modes: tuple[Recompute, ...] = ("none", "weights", "block")
-    mode = next((m for m in modes if found.of(m) <= limit), "block")
+    mode = next((m for m in modes if found.with_code(m) <= limit), "block")
     return mode, (
-        f"recompute: {mode}, with about {size(found.of(mode))} for a step, of {size(free)} free "
-        "beside the sources"
+        f"recompute: {mode}, with about {size(found.with_code(mode))} for a step, of {size(free)} "
+        "free beside the sources"
     )
 
 
@@ -111,7 +111,7 @@ def place(
     `is_cast`, what the start computes with is of another dtype."""
     is_cuda, host = torch.device(device).type == "cuda", host_memory()
     free = free_memory(device) if is_cuda else host
-    least = found.of("block" if settings.recompute == "auto" else settings.recompute)
+    least = found.with_code("block" if settings.recompute == "auto" else settings.recompute)
     least = max(least * bool(settings.max_steps), start.of(is_copied=is_cast) if start else 0)
     offload, why = choose_offload(settings, device, sources, free, host, least if is_cuda else 0)
     there = {
@@ -127,7 +127,7 @@ def place(
         recompute=recompute,
         offload=offload,
         sources=there[offload],
-        step=found.of(recompute) if settings.max_steps else 0,
+        step=found.with_code(recompute) if settings.max_steps else 0,
         start=start.of(is_copied=is_copied) if start else 0,
         free=free,
         mapped=0 if is_cuda or offload == "disk" else sources - made,

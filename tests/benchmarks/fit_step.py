@@ -102,7 +102,7 @@ def measured(
     sources = fit.place.sources - fit.place.waiting if is_fetched else 0
     peaks = {name: peak_of(step, device) for name, step in plain.items()}
     peaks |= {name: peak_of(step, device, since) for name, step in own.items()}
-    predicted = {name: sources + fit.needs.of(mode_of(name)) for name in own}
+    predicted = {name: sources + fit.needs.with_code(mode_of(name)) for name in own}
     seconds = alternate(plain | own, repeat, device)
     return (
         f"{table(seconds, peaks, next(iter(seconds)), predicted)}\n"
@@ -211,7 +211,7 @@ def steps_of(fit: Fit, folder: Path, device: str, cap: float | None = None) -> d
         )
         for mode in (("block", "weights", "none") if offload == "none" else ("block", "weights"))
         for teacher, teach in (("live", None), ("cached", kept))
-        if fit.needs.of(mode) < free and (mode, teacher) != ("none", "cached")
+        if fit.needs.with_code(mode) < free and (mode, teacher) != ("none", "cached")
     }
 
 
